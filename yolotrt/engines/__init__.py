@@ -1,0 +1,1 @@
+"""Engine files and the libraries that build and run them."""

@@ -1,0 +1,1 @@
+"""From weights to a network definition: the layer list, the blocks and the builder."""
