@@ -154,7 +154,14 @@ def _add_detect_options(group: Any) -> None:
     group.add_argument("--classes", type=int, nargs="+", metavar="K", help="only these class indices")
     group.add_argument("--agnostic-nms", action="store_true", help="boxes of different classes suppress each other")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads of ONNX Runtime (default: all cores)")
-    group.add_argument("--out", type=Path, metavar="DIR", help="results folder (default: a new one like runs/detect)")
+    group.add_argument(
+        "--out",
+        type=Path,
+        default=DEFAULT_OUTPUT,
+        metavar="DIR",
+        help="results folder; a number is added if it exists (default: %(default)s)",
+    )
+    group.add_argument("--exist-ok", action="store_true", help="write into an existing --out, replacing results there")
     group.add_argument("--no-save", action="store_true", help="write no pictures")
     group.add_argument("--save-txt", action="store_true", help="write YOLO labels: class x y w h, normalised")
     group.add_argument("--save-conf", action="store_true", help="add the confidence to --save-txt")
@@ -269,7 +276,7 @@ class _DetectRun:
         options = self._options
         if options.no_save and not options.save_txt:
             return None
-        folder = options.out if options.out is not None else next_run_folder(DEFAULT_OUTPUT)
+        folder = options.out if options.exist_ok else next_run_folder(options.out)
         return ImageSink(
             folder, save_images=not options.no_save, save_txt=options.save_txt, with_confidence=options.save_conf
         )
