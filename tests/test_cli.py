@@ -270,6 +270,35 @@ def test_exist_ok_adds_to_an_older_folder(run):
     assert files("mine") == {"a.png", "b.png"}
 
 
+def test_labels_of_an_earlier_run_do_not_outlive_their_detections(run):
+    argv = ("-d", "pictures/a.png", "--out", "mine", "--exist-ok", "--no-save", "--save-txt")
+    run(*argv).assert_succeeds()
+    assert files("mine") == {"labels", "labels/a.txt"}
+    run(*argv, "--conf", "1").assert_succeeds()
+    assert files("mine") == {"labels"}
+
+
+def test_names_that_begin_with_a_dash_stand_after_two_dashes(run):
+    Path("pictures/a.png").rename("-a.png")
+    lines = output_lines(run("-d", "--no-save", "--", "-a.png"))
+    assert lines[0].startswith("1 picture")
+
+
+@pytest.mark.parametrize(("argv", "status"), [(["-d", "pictures"], 1), (["--info", "yolotrt.engine"], 0)])
+def test_an_opencv_that_cannot_be_loaded_is_named_where_it_is_needed(argv, status):
+    program = "import sys; sys.modules['cv2'] = None; from yolotrt.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *argv],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == status
+    if status:
+        assert re.fullmatch(r"yolotrt: error: OpenCV cannot be loaded .*: install libgl1, or .*\n", done.stderr)
+
+
 def test_no_save_writes_nothing(run):
     before = files()
     lines = output_lines(run("-d", "pictures", "--no-save"))

@@ -231,6 +231,7 @@ def test_c3(args, repeats, shortcut, groups):
 def test_sppf(args):
     x = picture(*ODD)
     (y,), tensors = compute("SPPF", x, *args)
+    assert tensors["model.0.cv1.conv.weight"].shape == (6, 12, 1, 1)  # half of the input's channels
     assert_close(y, pyramid_pooling(tensors, "model.0", torch.from_numpy(x).double(), args[1] if args[1:] else 5))
 
 

@@ -145,6 +145,7 @@ def test_layers_are_named_as_in_the_checkpoint():
     network = recorder.Network()
     NetworkBuilder(network, recorder, tiny(), compute_dtype=recorder.float32).build(1, 32, 48)
     names = {layer.name for layer in network.layers}
+    assert {layer.get_output(0).name for layer in network.layers} - {"head0", "head1"} <= names
     assert {"model.0.conv", "model.2.m.1.cv2.conv", "model.4.m.2", "model.6", "model.7.m.1"} <= names
     assert not any(name.startswith("(Unnamed") for name in names)
 

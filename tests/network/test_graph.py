@@ -108,6 +108,11 @@ def test_a_yaml_without_multiples_is_not_scaled():
     assert (graph.layers[2].repeats, graph.scaled_width(40)) == (4, 40)
 
 
+def test_a_block_that_stands_once_is_not_repeated():
+    graph = graph_of(depth_multiple=3.0)
+    assert [layer.repeats for layer in graph.layers] == [1, 1, 12, 1, 1, 1, 1, 1]
+
+
 def test_what_the_head_gives():
     graph = ModelGraph.from_metadata(official_metadata("n", class_count=5))
     assert (graph.anchors_per_level, graph.head_channels, graph.size_multiple) == (3, 30, 32)

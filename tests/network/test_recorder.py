@@ -833,6 +833,11 @@ def test_a_reshape_that_fixes_a_dynamic_batch_is_refused_before_the_build():
         net.checked(layer)
 
 
+@pytest.mark.parametrize(("kind", "shape"), [("sum", (3, 3, 5)), ("concatenation", (3, 3, 10)), ("product", (3, 3, 3))])
+def test_a_dynamic_dimension_becomes_the_known_one_beside_it(kind, shape):
+    assert described_outputs(record(dynamic_meets_known, kind=kind)) == [("y", shape, "FLOAT")]
+
+
 def test_layers_behind_one_that_changes_are_inferred_anew():
     net = Net(recorder)
     pool = net.network.add_pooling_nd(net.input(), recorder.PoolingType.MAX, (2, 2))

@@ -277,6 +277,35 @@ def test_names_and_yaml_beside_a_state_dict_are_used(golden, tmp_path):
     assert not any("class names" in note for note in metadata.inferred)
 
 
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        ("nn.ReLU()", "ReLU"),
+        ("nn.LeakyReLU(0.1)", "LeakyReLU(0.1)"),
+        ("nn.LeakyReLU()", "LeakyReLU(0.01)"),
+        ("torch.nn.Hardswish(inplace=True)", "Hardswish"),
+        (None, "SiLU"),
+    ],
+)
+def test_activation_that_the_yaml_sets_is_used(golden, tmp_path, stored, expected):
+    metadata = read_state_dict_with_activation(golden, tmp_path, stored).metadata
+    assert metadata.activation == expected
+
+
+@pytest.mark.parametrize("stored", ["__import__('os').system('true')", "nn.ReLU", "nn.LeakyReLU(1.2.3)", 5])
+def test_activation_that_is_no_module_is_refused(golden, tmp_path, stored):
+    with pytest.raises(CheckpointError, match=r"its yaml sets the activation .*, which is not understood"):
+        read_state_dict_with_activation(golden, tmp_path, stored)
+
+
+def read_state_dict_with_activation(golden, tmp_path, activation):
+    expected = read_checkpoint(golden / "weights" / "pv_nc5_v70.pt")
+    checkpoint = Checkpoint()
+    state = {name: checkpoint.tensor(array, np.float16) for name, array in expected.tensors.items()}
+    root = {"model": state, "yaml": {**expected.metadata.yaml, "activation": activation}}
+    return read(zip_bytes(root, checkpoint.storages), tmp_path)
+
+
 # What is refused
 
 
