@@ -120,6 +120,7 @@ def pyramid_pooling(t, name, x, size):
     [
         ((8,), {}),
         ((8, 3), {}),
+        ((8, 4), {}),
         ((8, 5, 2), {"stride": 2}),
         ((8, 6, 2, 2), {"stride": 2, "padding": 2}),  # the first layer since release 6.0
         ((8, 3, 1, 0), {"padding": 0}),

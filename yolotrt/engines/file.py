@@ -244,7 +244,7 @@ def _what_instead(data: bytes) -> str:
     """What a foreign file seems to be, and what to do with it."""
     if data[:2] == b"PK" or data[:1] == b"\x80":
         return " but seems to be a PyTorch checkpoint: convert it with gen_wts.py, then build with -s --weights"
-    if data[:4] in (b"ftrt", b"ptrt"):
+    if data[:4] in (b"ftrt", b"ptrt", b"vtrt"):
         return " but a bare TensorRT plan without our header: build from the weights with -s"
     return ": build one from the weights with python -m yolotrt -s --weights FILE"
 

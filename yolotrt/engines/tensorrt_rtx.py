@@ -38,9 +38,12 @@ class TensorRtRtxBackend(Backend):
             if options.precision == "fp32":
                 config.clear_flag(trt.BuilderFlag.TF32)
 
-        return build_plan(
+        plan = build_plan(
             trt, weights, options, logger=logger, explain=lambda: str(logger.last_error), configure=configure
         )
+        for message in logger.errors:  # the library goes on after some mistakes
+            _log.warning("TensorRT-RTX built the engine in spite of an error: %s", message)
+        return plan
 
     def open(self, engine: EngineFile, *, threads: int | None = None) -> Session:  # noqa: ARG002
         """Running these plans is not possible in this version."""

@@ -150,5 +150,5 @@ def _pair(value: int | Pair) -> Pair:
 
 def _same_padding(kernel: Pair, dilation: Pair) -> Pair:
     """Padding that keeps the size at stride 1 (models/common.py, autopad)."""
-    vertical, horizontal = (d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
+    vertical, horizontal = ((d * (k - 1) + 1) // 2 for k, d in zip(kernel, dilation, strict=True))
     return vertical, horizontal

@@ -14,6 +14,7 @@ from yolotrt.weights import Weights
 from yolotrt.weights.model import FloatArray
 
 INPUT_NAME = "images"
+PICTURE_CHANNELS = 3
 
 DERIVED_TENSORS = ("anchors", "anchor_grid", "stride", "strides", "num_batches_tracked")
 """Last parts of names that a checkpoint stores beside the layers' weights; the metadata hold what they say."""
@@ -82,8 +83,8 @@ class NetworkBuilder:
             WeightsError: if a tensor is missing, has another shape, or is left over.
             NetworkError: if the library refuses a layer.
         """
-        self._check_image_size(height, width)
-        image = self._ops.input(INPUT_NAME, (batch, self.graph.input_channels, height, width))
+        self._check_input(height, width)
+        image = self._ops.input(INPUT_NAME, (batch, PICTURE_CHANNELS, height, width))
         heads = self._add_layers(image)
         self._check_head_sizes(heads, height, width)
         self._check_no_tensor_is_left()
@@ -140,7 +141,11 @@ class NetworkBuilder:
         outputs = result.values() if isinstance(result, dict) else [result]
         self.summary.append(LayerSummary(layer, tuple(tuple(tensor.shape) for tensor in outputs)))
 
-    def _check_image_size(self, height: int, width: int) -> None:
+    def _check_input(self, height: int, width: int) -> None:
+        if self.graph.input_channels != PICTURE_CHANNELS:
+            raise GraphError(
+                f"the model takes pictures of {self.graph.input_channels} channels: only models for colour pictures work"
+            )
         multiple = self.graph.size_multiple
         if height < multiple or width < multiple or height % multiple or width % multiple:
             raise GraphError(

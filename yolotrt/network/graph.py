@@ -157,11 +157,14 @@ def _layer(index: int, row: Any, depth: float, symbols: Mapping[str, Argument]) 
     if not isinstance(args, list | tuple):
         raise GraphError(f"{where} ({block}) has arguments that are no list: {args!r:.80}")
     sources = source if isinstance(source, list | tuple) else [source]
+    repeats = max(round(number * depth), 1) if number > 1 else number
+    if repeats > MAX_REPEATS:
+        raise GraphError(f"{where} ({block}) is repeated {repeats} times: expected 1 to {MAX_REPEATS}")
     return Layer(
         index=index,
         sources=tuple(_absolute(item, index, f"{where} ({block})") for item in sources),
         block=block,
-        repeats=max(round(number * depth), 1) if number > 1 else number,
+        repeats=repeats,
         args=tuple(_argument(item, symbols, f"{where} ({block})") for item in args),
     )
 

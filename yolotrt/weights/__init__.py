@@ -24,7 +24,7 @@ _WEIGHT_FORMATS = {
 _FORMAT_OF_SUFFIX = {".pt": "checkpoint", ".pth": "checkpoint", ".safetensors": "safetensors", ".wts": "wts"}
 
 _OTHER_CONTENT = {
-    "an engine (run it with -d)": re.compile(rb".{3}\x00\{|ftrt|ptrt", re.DOTALL),  # our framing, or a bare plan
+    "an engine (run it with -d)": re.compile(rb".{3}\x00\{|[fpv]trt", re.DOTALL),  # our framing, or a bare plan
     "an ONNX model": re.compile(rb"\x08[\x01-\x20][\x12\x1a\x22\x2a\x32\x3a\x42]"),  # a ModelProto: ir_version first
     "a picture": re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|BM.{4}\x00{4}|RIFF.{4}WEBP|II\*\x00|MM\x00\*", re.DOTALL),
     "a web page, so the download failed": re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE),
