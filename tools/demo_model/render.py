@@ -18,7 +18,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -589,7 +589,8 @@ def _with_signs(street: Street, rng: random.Random) -> Street:
         draw = functools.partial(_draw_street_sign, class_id=class_id)
         things.append(Thing(draw, x, 18.0 + 9.5 * index, rng.getrandbits(30)))
     things = [thing for thing in things if not (abs(thing.x) < ROAD_HALF_WIDTH and thing.z < 60)]
-    return Street(**{**street.__dict__, "things": tuple(sorted(things, key=lambda thing: -thing.z))})
+    # Grain that changes from frame to frame would be most of the file.
+    return replace(street, things=tuple(sorted(things, key=lambda thing: -thing.z)), grain=0.0)
 
 
 def _draw_street_sign(image: Image, camera: Camera, thing: Thing, class_id: int) -> None:

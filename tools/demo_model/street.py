@@ -10,7 +10,7 @@ import functools
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -75,7 +75,8 @@ class Street:
     pavement: Colour | None
     clouds: tuple[int, int, float]
     marking: str
-    hills: tuple[tuple[float, float, Colour], ...] = field(default=())
+    hills: tuple[tuple[float, float, Colour], ...] = ()
+    grain: float = 0.16
 
 
 @functools.cache
@@ -234,9 +235,11 @@ def _draw_ground(image: Image, street: Street, camera: Camera) -> None:
     for x in (-ROAD_HALF_WIDTH + 0.25, ROAD_HALF_WIDTH - 0.35):
         _strip(image, camera, (x, x + 0.1), (near, far), paint)
     grain = noise_crop(0, camera.width, camera.height - first, int(street.clouds[0] + 40 * camera.z), street.clouds[1])
-    if len(grain):
-        grain = cv2.cvtColor(cv2.convertScaleAbs(grain, alpha=0.16), cv2.COLOR_GRAY2BGR)
-        image[first:] = cv2.subtract(cv2.add(image[first:], grain), np.full_like(image[first:], 20))
+    if len(grain) and street.grain:
+        grain = cv2.cvtColor(cv2.convertScaleAbs(grain, alpha=street.grain), cv2.COLOR_GRAY2BGR)
+        image[first:] = cv2.subtract(
+            cv2.add(image[first:], grain), np.full_like(image[first:], int(128 * street.grain))
+        )
 
 
 def _strip(image: Image, camera: Camera, xs: tuple[float, float], zs: tuple[float, float], colour: Colour) -> None:

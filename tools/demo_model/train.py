@@ -86,7 +86,9 @@ class Plan:
     total_steps: int = 0
 
 
-SMOKE = Plan(count=32, eval_count=16, size=160, batch=8, epochs=16, warm_up=8, mosaic=0.5, ema_decay=0.9, ema_ramp=10)
+SMOKE = Plan(
+    count=32, eval_count=16, size=160, batch=8, epochs=10, rate=0.03, warm_up=4, mosaic=0.3, ema_decay=0.9, ema_ramp=10
+)
 
 
 @dataclass(frozen=True)
@@ -403,16 +405,16 @@ def train(run: Run, data: Pictures, deadline: float, compiled: bool) -> None:
     forward = torch.compile(run.model) if compiled else run.model
     device = data.images.device
     run.model.train()
-    first, began, sums = run.step, time.monotonic(), torch.zeros(4, device=device)
+    first, began, sums = run.step, time.monotonic(), torch.zeros(5, device=device)  # the last counts the steps
     while not run.plan.total_steps or run.step < run.plan.total_steps:
         images, targets = make_batch(data, run.plan, run.step)
         set_rates(run.optimizer, run.plan, run.step)
         loss, parts = _step(run, forward, images, targets)
         run.step += 1
-        sums += torch.cat((loss[None], parts))
+        sums += torch.cat((loss[None], parts, torch.ones_like(loss[None])))
         every = min(LOG_EVERY, max(1, run.plan.count // run.plan.batch))
         if run.step % every == 0:
-            run.history.append([run.step, *(round(value, 5) for value in (sums / every).tolist())])
+            run.history.append([run.step, *(round(value, 5) for value in (sums[:4] / sums[4]).tolist())])
             sums.zero_()
             _report(run, began, first)
         if run.step - first == TIMING_STEPS // 2:  # after compilation and warm-up
@@ -500,6 +502,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from yolotrt.errors import YolotrtError
 
     began, options = time.monotonic(), _parser().parse_args(arguments)
+    if options.smoke:  # with so little work a step, threads that wait for each other on a busy machine cost minutes
+        torch.set_num_threads(1)
     try:
         _train_and_write(options, began)
     except YolotrtError as problem:
