@@ -40,7 +40,7 @@ from metrics import Boxes, average_precision, select  # noqa: E402
 from model import STRIDES, DetectionModel, checkpoint_bytes, decode, yolov5n_yaml  # noqa: E402
 
 TRAIN_SEED, EVAL_SEED, EMPTY_SEED = 1, 900, 901
-"""Datasets of render.py: for training, for the held-out figures, and without signs. 64 pictures of 900 never train."""
+"""Datasets of render.py: for training, for the held-out figures, and without signs."""
 SMALL_SIDE = 24.0
 FALSE_BOX_CONFIDENCE = 0.25
 PAD = 114 / 255
