@@ -1,0 +1,38 @@
+# make demo   installs yolotrt for the CPU into .venv, builds an engine and detects in pictures
+# make test   installs the test extras into .venv and runs the tests
+# make lint   ruff and mypy
+# make clean  removes what these commands made
+
+PYTHON ?= python3
+VENV ?= .venv
+WEIGHTS ?=
+SOURCE ?= samples/
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed-cpu
+	@test -n "$(WEIGHTS)" || { echo 'make demo needs a checkpoint: make demo WEIGHTS=yolov5n.pt SOURCE=pictures/' >&2; exit 2; }
+	$(BIN)/python -m yolotrt -s --weights "$(WEIGHTS)"
+	$(BIN)/python -m yolotrt -d $(SOURCE)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# One stamp an extra: a changed pyproject.toml installs again.
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	@touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) runs yolotrt.engine build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

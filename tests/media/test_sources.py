@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from yolotrt.errors import InputError
+from yolotrt.media.sources import PICTURE_SUFFIXES, expand_sources
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that is both the current and the home one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    return tmp_path
+
+
+def touch(*names: str) -> None:
+    for name in names:
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [path.as_posix() for path in paths]
+
+
+FILES = (
+    "a/10.jpg", "a/2.jpg", "a/1.PNG", "a/.hidden.jpg", "a/notes.md", "a/clip.mp4", "a/deep/3.jpg", "a/deep/er/4.jpg",
+    "a/folder.jpg/5.txt", "odd[1].jpg", "odd1.jpg", "x*y.jpg", "xzy.jpg", "data.raw", "b/2.jpg",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        (["a/2.jpg"], ["a/2.jpg"]),
+        ([Path("a/2.jpg")], ["a/2.jpg"]),
+        # A bare string is one source, not its characters.
+        ("a/2.jpg", ["a/2.jpg"]),
+        (["data.raw"], ["data.raw"]),
+        (["a"], ["a/1.PNG", "a/2.jpg", "a/10.jpg"]),
+        (["a/"], ["a/1.PNG", "a/2.jpg", "a/10.jpg"]),
+        (["a/*.jpg"], ["a/2.jpg", "a/10.jpg"]),
+        (["a/*"], ["a/1.PNG", "a/2.jpg", "a/10.jpg"]),
+        (["a/?.jpg"], ["a/2.jpg"]),
+        (["a/[0-9].*"], ["a/1.PNG", "a/2.jpg"]),
+        (["a/**/*.jpg"], ["a/2.jpg", "a/10.jpg", "a/deep/3.jpg", "a/deep/er/4.jpg"]),
+        (["a/**"], ["a/1.PNG", "a/2.jpg", "a/10.jpg", "a/deep/3.jpg", "a/deep/er/4.jpg"]),
+        # A file of that very name goes before the pattern, which would match odd1.jpg and both x?y.jpg.
+        (["odd[1].jpg"], ["odd[1].jpg"]),
+        (["x*y.jpg"], ["x*y.jpg"]),
+        (["odd[1].j*g"], ["odd1.jpg"]),
+        (["b", "a/2.jpg", "b/2.jpg"], ["b/2.jpg", "a/2.jpg"]),
+        (["a/10.jpg", "a", "a/../a/2.jpg"], ["a/10.jpg", "a/1.PNG", "a/2.jpg"]),
+        (["./a/2.jpg", "a/2.jpg"], ["a/2.jpg"]),
+    ],
+)
+def test_sources_become_files(home: Path, sources: list[str | Path], expected: list[str]) -> None:
+    touch(*FILES)
+    assert names(expand_sources(sources)) == expected
+
+
+def test_home_is_expanded(home: Path) -> None:
+    touch("a/2.jpg", "a/1.jpg", "list.txt")
+    Path("list.txt").write_text("~/a/1.jpg\n")
+    for source in ("~/a/1.jpg", "~/a/1*", "~/list.txt"):
+        assert expand_sources([source]) == [home / "a" / "1.jpg"]
+    assert expand_sources(["~/a"]) == [home / "a" / "1.jpg", home / "a" / "2.jpg"]
+
+
+def test_a_file_that_begins_with_a_tilde_is_found(home: Path) -> None:
+    touch("~picture.jpg")
+    assert names(expand_sources(["~picture.jpg"])) == ["~picture.jpg"]
+
+
+def test_natural_order_compares_numbers_by_value(home: Path) -> None:
+    ordered = ["a.jpg", "B.jpg", "frame 01.jpg", "frame 1.jpg", "frame 2.jpg", "frame 10 a9.jpg", "frame 10 a10.jpg"]
+    touch(*(f"f/{name}" for name in reversed(ordered)), "f/7.jpg")
+    assert [path.name for path in expand_sources(["f"])] == ["7.jpg", *ordered]
+
+
+@pytest.mark.parametrize("suffix", PICTURE_SUFFIXES)
+def test_every_suffix_is_found_in_a_folder_in_any_case(home: Path, suffix: str) -> None:
+    touch(f"f/small{suffix}", f"f/UPPER{suffix.upper()}")
+    assert [path.stem for path in expand_sources(["f"])] == ["small", "UPPER"]
+
+
+def test_links_to_one_picture_count_apart_but_linked_folders_do_not(home: Path) -> None:
+    touch("f/a.jpg")
+    Path("f/b.jpg").symlink_to(home / "f" / "a.jpg")
+    Path("g").symlink_to(home / "f")
+    assert names(expand_sources(["f", "g"])) == ["f/a.jpg", "f/b.jpg"]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_list_names_files_beside_it_or_in_the_current_folder(home: Path, newline: str, encoding: str) -> None:
+    touch("data/pictures/1.jpg", "elsewhere/2.jpg", "data/both.jpg", "both.jpg", "data/Größe.jpg")
+    lines = [
+        "# a comment",
+        "",
+        "./pictures/1.jpg",
+        "  elsewhere/2.jpg  ",
+        "both.jpg",
+        "Größe.jpg",
+        "pictures/1.jpg",
+        "",
+    ]
+    Path("data/list.txt").write_bytes(newline.join(lines).encode(encoding))
+    expected = ["data/pictures/1.jpg", "elsewhere/2.jpg", "data/both.jpg", "data/Größe.jpg"]
+    assert names(expand_sources(["data/list.txt"])) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"list list\.txt names no picture: write one path a line"),
+        (b"# nothing\n\n", r"list list\.txt names no picture"),
+        (
+            b"1.jpg\n\nnone.jpg\n# c\nno.png",
+            r"do not exist, line 3 \(none\.jpg\), line 5 \(no\.png\): correct the list",
+        ),
+        (b"\n".join(b"n%d.jpg" % i for i in range(9)), r"line 5 \(n4\.jpg\) and 4 more: correct"),
+        (b"1.jpg\nfolder\n", r"line 2 \(folder\)"),
+        (b"1.jpg\nclip.mp4\n", r"line 2: clip\.mp4 is a video, this version reads pictures only: "),
+        (b"1.jpg\nhttp://host/a.jpg\n", r"line 2: http://host/a\.jpg is a stream or URL"),
+        (b"1.jpg\n\xff\xfe\n", r"list list\.txt is not UTF-8 text: save it as UTF-8"),
+        (b"a\0b.jpg\n", r"list\.txt"),
+    ],
+)
+def test_a_wrong_list_is_refused(home: Path, content: bytes, message: str) -> None:
+    touch("1.jpg", "clip.mp4", "folder/1.jpg")
+    Path("list.txt").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        expand_sources(["list.txt"])
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([], "no source given: name"),
+        ([""], "a source is empty: name"),
+        (["a/2.jpg", "none.jpg"], r"source none\.jpg does not exist: check the path"),
+        (["a/2.jpg/below"], r"source a/2\.jpg/below does not exist|cannot be opened"),
+        (["empty"], r"folder empty holds no picture: name one with files of .*\.jpg"),
+        (["a/*.gif"], r"no picture matches a/\*\.gif: check the pattern; suffixes are .*\.jpg"),
+        (["none/**/*.jpg"], r"no picture matches none/\*\*/\*\.jpg"),
+        (["rtsp://host:554/live"], r"rtsp://host:554/live is a stream or URL, this version reads pictures only: "),
+        ([Path("https://host/a.jpg")], r"is a stream or URL, this version reads pictures only: "),
+        (["0"], r"source 0 is a camera index, this version reads pictures only: .*\./0"),
+        (["a/clip.mp4"], r"source a/clip\.mp4 is a video, this version reads pictures only: "),
+        (["a/*.mp4"], r"a/\*\.mp4 is a video, this version reads pictures only: "),
+        (["gone.AVI"], r"gone\.AVI is a video"),
+        (["a\0b"], r"cannot be opened .*: check the path|does not exist: check the path"),
+        (["x" * 5000 + ".jpg"], r"cannot be opened .*: check the path"),
+        (["~nobody-of-that-name/a.jpg"], r"cannot be opened .*: check the path"),
+    ],
+)
+def test_a_wrong_source_is_refused_in_one_line(home: Path, sources: list[str | Path], message: str) -> None:
+    touch(*FILES, "empty/notes.md", "empty/.hidden.jpg", "empty/deep/1.jpg", "empty/clip.mp4")
+    with pytest.raises(InputError, match=message) as caught:
+        expand_sources(sources)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_may_be_named_like_a_video_or_a_camera(home: Path) -> None:
+    touch("frames.mp4/1.jpg", "0/2.jpg")
+    assert names(expand_sources(["frames.mp4", "./0"])) == ["frames.mp4/1.jpg", "0/2.jpg"]

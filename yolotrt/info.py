@@ -1,0 +1,85 @@
+"""``--info``: what a checkpoint, a weights file or an engine holds, in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from yolotrt.engines.file import EngineFile, TensorInfo, is_engine_file
+from yolotrt.errors import InputError
+from yolotrt.files import require_file
+from yolotrt.weights import Metadata, Weights, load_weights
+from yolotrt.weights.model import Anchors
+
+NAMES_SHOWN = 12
+
+
+def describe(path: Path) -> str:
+    """Describe an .engine, .wts, .safetensors or .pt file in a few lines.
+
+    Raises:
+        InputError: if the file cannot be read or is of another kind.
+    """
+    path = require_file(path.expanduser(), "file", InputError)
+    rows = _engine_rows(EngineFile.load(path)) if is_engine_file(path) else _weights_rows(load_weights(path))
+    width = max(len(key) for key, _ in rows)
+    return "\n".join([str(path), *(f"  {key:<{width}}  {value}" for key, value in rows)])
+
+
+def _engine_rows(engine: EngineFile) -> list[tuple[str, str]]:
+    header = engine.header
+    low, usual, high = header.batch_range
+    rows = [
+        ("engine", f"{header.backend} {header.backend_version}, {header.precision}"),
+        ("device", f"{header.device_name} ({header.compute_capability})" if header.device_name else "any CPU"),
+        ("input size", f"{header.imgsz[0]} x {header.imgsz[1]} (height x width)"),
+        ("batch", f"{low}" if low == high else f"{low} to {high}, fastest at {usual}"),
+        *(("input", _tensor(tensor)) for tensor in header.inputs),
+        *(("output", _tensor(tensor)) for tensor in header.outputs),
+        ("YoloLayer", header.yololayer),
+        ("plan", f"{header.plan_size:,} bytes, sha256 {header.plan_sha256}"),
+        ("weights", f"sha256 {header.weights_sha256}"),
+        ("built", f"{header.created} by yolotrt {header.yolotrt_version}"),
+    ]
+    if header.backend == "tensorrt-rtx":
+        rows[1] = ("device", "RTX GPUs")
+    return rows + _model_rows(header.model)
+
+
+def _weights_rows(weights: Weights) -> list[tuple[str, str]]:
+    return [
+        ("tensors", f"{len(weights.tensors)} with {weights.parameter_count:,} values"),
+        *_model_rows(weights.metadata),
+        *(("inferred", conclusion) for conclusion in weights.metadata.inferred),
+    ]
+
+
+def _model_rows(model: Metadata) -> list[tuple[str, str]]:
+    shown = ", ".join(model.names[:NAMES_SHOWN])
+    more = len(model.names) - NAMES_SHOWN
+    rows = [
+        ("task", f"{model.task}, YOLOv5 {model.version or 'of unknown version'}"),
+        ("classes", f"{len(model.names)}: {shown}{f' and {more} more' if more > 0 else ''}"),
+        ("made for", f"{model.imgsz[0]} x {model.imgsz[1]}"),
+        ("multiples", f"depth {model.yaml.get('depth_multiple', 1)}, width {model.yaml.get('width_multiple', 1)}"),
+        ("activation", _activation(model)),
+        ("source", f"sha256 {model.source_sha256 or 'unknown'}"),
+    ]
+    if model.strides:
+        rows[3:3] = [("strides", ", ".join(map(str, model.strides))), ("anchors", _anchors(model.anchors))]
+    return rows
+
+
+def _activation(model: Metadata) -> str:
+    """The default and how many modules have another."""
+    others = sorted(set(model.activations.values()))
+    return model.activation + (f" ({', '.join(others)} in {len(model.activations)} places)" if others else "")
+
+
+def _anchors(anchors: Anchors) -> str:
+    """Width x height of each anchor, levels separated by bars."""
+    return " | ".join(" ".join(f"{width:g}x{height:g}" for width, height in level) for level in anchors)
+
+
+def _tensor(tensor: TensorInfo) -> str:
+    """Name, type and shape."""
+    return f"{tensor.name} {tensor.dtype} ({', '.join('batch' if s < 0 else str(s) for s in tensor.shape)})"

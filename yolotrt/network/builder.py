@@ -1,0 +1,197 @@
+"""From weights to a network definition: walks the model's layer list and lets each block add its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from yolotrt.errors import GraphError, WeightsError, YolotrtError
+from yolotrt.network.blocks import BLOCKS, Block
+from yolotrt.network.graph import INPUT, Layer, ModelGraph
+from yolotrt.network.ops import Ops, Tensor
+from yolotrt.weights import Weights
+from yolotrt.weights.model import FloatArray
+
+INPUT_NAME = "images"
+
+DERIVED_TENSORS = ("anchors", "anchor_grid", "stride", "strides", "num_batches_tracked")
+"""Last parts of names that a checkpoint stores beside the layers' weights; the metadata hold what they say."""
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """What the builder saw of one layer of the yaml.
+
+    Attributes:
+        layer: The row of the yaml.
+        shapes: Shape of each output, (batch, channels, height, width).
+    """
+
+    layer: Layer
+    shapes: tuple[tuple[int, ...], ...]
+
+
+class NetworkBuilder:
+    """Reconstructs a YOLOv5 model in a network definition with raw `add_*` calls.
+
+    Attributes:
+        graph: The model's layer list.
+        summary: One entry a layer, filled by `build`.
+    """
+
+    def __init__(
+        self, network: Any, trt: Any, weights: Weights, *, compute_dtype: Any, explain: Callable[[], str] = str
+    ) -> None:
+        """Prepare to build into an empty network.
+
+        Args:
+            network: An `INetworkDefinition` without layers.
+            trt: The module that it comes from.
+            weights: The model.
+            compute_dtype: `trt.float32` or `trt.float16`.
+            explain: Returns the library's last error message.
+
+        Raises:
+            GraphError: if the model's yaml is malformed.
+        """
+        self.graph = ModelGraph.from_metadata(weights.metadata)
+        self.summary: list[LayerSummary] = []
+        self._tensors = _UsedTensors(weights.tensors)
+        self._ops = Ops(network, trt, replace(weights, tensors=self._tensors), compute_dtype, explain)
+
+    @property
+    def keep_alive(self) -> list[Any]:
+        """Arrays that must outlive the engine's build, since TensorRT reads them by pointer."""
+        return list(self._ops.keep_alive)
+
+    def build(self, batch: int, height: int, width: int) -> dict[str, Tensor]:
+        """Add input ``images`` (batch, 3, height, width), all layers and the outputs, float32 at both ends.
+
+        Args:
+            batch: Number of pictures, or -1 for a dynamic batch.
+            height: Input height in pixels, a multiple of the largest stride.
+            width: Input width in pixels, likewise.
+
+        Returns:
+            The network's outputs by name: ``head0`` (finest level) and on, each
+            (batch, anchors x (5 + classes), height / stride, width / stride).
+
+        Raises:
+            GraphError: if a block is unknown, or its arguments or the image size do not fit.
+            WeightsError: if a tensor is missing, has another shape, or is left over.
+            NetworkError: if the library refuses a layer.
+        """
+        self._check_image_size(height, width)
+        tensors: dict[int, Tensor] = {
+            INPUT: self._ops.input(INPUT_NAME, (batch, self.graph.input_channels, height, width))
+        }
+        for layer in self.graph.layers:
+            tensors[layer.index] = self._add(layer, tensors)
+            self._summarise(layer, tensors[layer.index])
+        heads = tensors[self.graph.head.index]
+        if not isinstance(heads, dict):
+            raise GraphError(f"{self.graph.head} ends the network but is no head: expected Detect")
+        self._check_head_sizes(heads, height, width)
+        self._check_no_tensor_is_left()
+        return {name: self._ops.output(tensor, name) for name, tensor in heads.items()}
+
+    def _add(self, layer: Layer, tensors: Mapping[int, Tensor]) -> Any:
+        """Add one row of the yaml."""
+        known = BLOCKS.get(layer.block)
+        if known is None:
+            raise GraphError(
+                f"{layer} is a block that this version does not know: known are {', '.join(sorted(BLOCKS))}"
+            )
+        inputs = [tensors[source] for source in layer.sources]
+        if not inputs or any(isinstance(tensor, dict) for tensor in inputs):
+            raise GraphError(f"{layer} reads from layers {layer.sources}, which give no tensor")
+        if not known.takes_list and len(inputs) != 1:
+            raise GraphError(f"{layer} reads from {len(inputs)} layers: it takes one")
+        try:
+            return self._call(layer, known, inputs if known.takes_list else inputs[0])
+        except YolotrtError as error:
+            raise type(error)(f"{layer}: {error}") from error
+        except (TypeError, ValueError, ArithmeticError, AttributeError) as problem:
+            raise GraphError(f"{layer} cannot take the arguments {layer.args!r:.120} ({problem})") from problem
+
+    def _call(self, layer: Layer, known: Block, x: Any) -> Any:
+        """Call the block's function with the yaml's arguments, as YOLOv5's parse_model passes them."""
+        if known.is_head:
+            return known.build(self._ops, x, layer.name, self.graph)
+        args = list(layer.args)
+        if known.scales_width:
+            args[:1] = [self.graph.scaled_width(_channel_count(args))]
+        if known.repeats_inside:
+            return known.build(self._ops, x, layer.name, args[0], layer.repeats, *args[1:])
+        if layer.repeats == 1:
+            return known.build(self._ops, x, layer.name, *args)
+        for copy in range(layer.repeats):
+            x = known.build(self._ops, x, f"{layer.name}.{copy}", *args)
+        return x
+
+    def _summarise(self, layer: Layer, result: Any) -> None:
+        outputs = result.values() if isinstance(result, dict) else [result]
+        self.summary.append(LayerSummary(layer, tuple(tuple(tensor.shape) for tensor in outputs)))
+
+    def _check_image_size(self, height: int, width: int) -> None:
+        multiple = self.graph.size_multiple
+        if height < multiple or width < multiple or height % multiple or width % multiple:
+            raise GraphError(
+                f"image size {height}x{width} does not fit this model: both must be multiples of {multiple}: "
+                f"use --imgsz {_round_up(height, multiple)} {_round_up(width, multiple)}"
+            )
+
+    def _check_head_sizes(self, heads: Mapping[str, Tensor], height: int, width: int) -> None:
+        """The strides in the metadata must be those of the graph, or all boxes would be wrong."""
+        for (name, tensor), stride in zip(heads.items(), self.graph.strides, strict=True):
+            expected = (height // stride, width // stride)
+            if tuple(tensor.shape[2:]) != expected:
+                raise GraphError(
+                    f"{name} is {tuple(tensor.shape[2:])} cells large, but its stride of {stride} makes {expected}: "
+                    "the metadata do not belong to this graph"
+                )
+
+    def _check_no_tensor_is_left(self) -> None:
+        left = sorted(name for name in self._tensors.unused() if name.rsplit(".", 1)[-1] not in DERIVED_TENSORS)
+        if left:
+            raise WeightsError(
+                f"tensor {left[0]} ({len(left)} in all) is not used by the graph: the weights do not belong to it"
+            )
+
+
+class _UsedTensors(Mapping[str, FloatArray]):
+    """A mapping that remembers what was read from it."""
+
+    def __init__(self, tensors: Mapping[str, FloatArray]) -> None:
+        self._tensors = tensors
+        self._used: set[str] = set()
+
+    def __getitem__(self, name: str) -> FloatArray:
+        array = self._tensors[name]
+        self._used.add(name)
+        return array
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def unused(self) -> set[str]:
+        """Names that were never read."""
+        return set(self._tensors) - self._used
+
+
+def _channel_count(args: list[Any]) -> int:
+    """The block's first argument, which must be a channel count."""
+    if not args or isinstance(args[0], bool) or not isinstance(args[0], int) or args[0] < 1:
+        raise ValueError("the first argument must be a number of channels")
+    return args[0]
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return max(-(-value // multiple), 1) * multiple

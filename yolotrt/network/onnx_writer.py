@@ -1,0 +1,301 @@
+"""Serializes a recorded network as an ONNX model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from yolotrt.errors import BackendUnavailableError, NetworkError
+from yolotrt.network import recorder as rec
+
+OPSET = 17
+"""Runs on ONNX Runtime 1.13 and later, and has every operator needed here."""
+
+IR_VERSION = 8
+"""The file format that belongs to opset 17."""
+
+_ACTIVATIONS = {
+    rec.ActivationType.RELU: "Relu",
+    rec.ActivationType.SIGMOID: "Sigmoid",
+    rec.ActivationType.TANH: "Tanh",
+    rec.ActivationType.LEAKY_RELU: "LeakyRelu",
+    rec.ActivationType.ELU: "Elu",
+    rec.ActivationType.SOFTPLUS: "Softplus",
+    rec.ActivationType.HARD_SIGMOID: "HardSigmoid",
+    rec.ActivationType.CLIP: "Clip",
+}
+_ELEMENTWISE = {
+    rec.ElementWiseOperation.SUM: "Add",
+    rec.ElementWiseOperation.PROD: "Mul",
+    rec.ElementWiseOperation.MAX: "Max",
+    rec.ElementWiseOperation.MIN: "Min",
+    rec.ElementWiseOperation.SUB: "Sub",
+    rec.ElementWiseOperation.DIV: "Div",
+    rec.ElementWiseOperation.POW: "Pow",
+}
+_REDUCE = {
+    rec.ReduceOperation.SUM: "ReduceSum",
+    rec.ReduceOperation.PROD: "ReduceProd",
+    rec.ReduceOperation.MAX: "ReduceMax",
+    rec.ReduceOperation.MIN: "ReduceMin",
+    rec.ReduceOperation.AVG: "ReduceMean",
+}
+_COORDINATES = {
+    rec.ResizeCoordinateTransformation.ALIGN_CORNERS: "align_corners",
+    rec.ResizeCoordinateTransformation.ASYMMETRIC: "asymmetric",
+    rec.ResizeCoordinateTransformation.HALF_PIXEL: "half_pixel",
+}
+_ROUNDING = {
+    rec.ResizeRoundMode.HALF_UP: "round_prefer_ceil",
+    rec.ResizeRoundMode.HALF_DOWN: "round_prefer_floor",
+    rec.ResizeRoundMode.FLOOR: "floor",
+    rec.ResizeRoundMode.CEIL: "ceil",
+}
+
+
+def write_onnx(network: rec.Network) -> bytes:
+    """Return `network` as a serialized ONNX model; the batch, if dynamic, is named ``batch``.
+
+    Raises:
+        BackendUnavailableError: if the package onnx is not installed.
+    """
+    try:
+        import onnx
+    except ImportError as problem:
+        raise BackendUnavailableError('the package onnx is not installed: run pip install "yolotrtx[cpu]"') from problem
+    writer = _Writer(onnx)
+    for layer in network.layers:
+        writer.add(layer)
+    graph = onnx.helper.make_graph(
+        writer.nodes,
+        network.name or "yolov5",
+        [writer.value_info(tensor) for tensor in network.inputs],
+        [writer.value_info(tensor) for tensor in network.outputs],
+        writer.initializers,
+    )
+    model = onnx.helper.make_model(
+        graph,
+        opset_imports=[onnx.helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="yolotrt",
+    )
+    return bytes(model.SerializeToString())
+
+
+class _Writer:
+    """Collects the nodes and initializers of an ONNX graph."""
+
+    def __init__(self, onnx: Any) -> None:
+        self._onnx = onnx
+        self.nodes: list[Any] = []
+        self.initializers: list[Any] = []
+        self._constants = 0
+
+    def add(self, layer: rec.Layer) -> None:
+        """Append the node or nodes of `layer`."""
+        _EMITTERS[type(layer)](self, layer)
+
+    def value_info(self, tensor: rec.Tensor) -> Any:
+        """Describe an input or output of the graph."""
+        shape = ["batch" if size == rec.DYNAMIC and axis == 0 else size for axis, size in enumerate(tensor.shape)]
+        shape = [f"{tensor.name}_{axis}" if size == rec.DYNAMIC else size for axis, size in enumerate(shape)]
+        return self._onnx.helper.make_tensor_value_info(tensor.name, self.element_type(tensor.dtype), shape)
+
+    def element_type(self, dtype: rec.DataType) -> int:
+        """ONNX's number for an element type."""
+        return int(self._onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype.value)))
+
+    def node(
+        self,
+        operator: str,
+        inputs: Sequence[str],
+        layer: rec.Layer,
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        output: str = "",
+    ) -> str:
+        """Append a node whose output is the layer's unless named otherwise; returns the name of its output."""
+        output = output or layer.output.name
+        self.nodes.append(self._onnx.helper.make_node(operator, inputs, [output], name=output, **(attributes or {})))
+        return output
+
+    def constant(self, array: npt.NDArray[Any], name: str = "") -> str:
+        """Append an initializer; returns its name."""
+        self._constants += 1
+        name = name or f"constant_{self._constants}"
+        self.initializers.append(
+            self._onnx.numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
+        )
+        return name
+
+    def integers(self, values: Sequence[int]) -> str:
+        """Append an initializer of int64 values."""
+        return self.constant(np.array(values, np.int64))
+
+
+def _inputs(layer: rec.Layer) -> list[str]:
+    return [tensor.name for tensor in layer.inputs]
+
+
+def _constant(writer: _Writer, layer: rec.ConstantLayer) -> None:
+    writer.constant(layer.weights.array.reshape(layer.shape), layer.output.name)
+
+
+def _convolution(writer: _Writer, layer: rec.ConvolutionLayer) -> None:
+    names = _inputs(layer)
+    if len(names) == 1:
+        names.append(writer.constant(layer.kernel.array.reshape(layer.kernel_shape()), f"{layer.name}.weight"))
+    if layer.bias is not None and layer.bias.size:
+        names.append(writer.constant(layer.bias.array.reshape(-1), f"{layer.name}.bias"))
+    writer.node(
+        "ConvTranspose" if layer.transposed else "Conv",
+        names,
+        layer,
+        {
+            "kernel_shape": layer.kernel_size_nd,
+            "strides": tuple(layer.stride_nd),
+            "pads": tuple(layer.padding_nd) * 2,
+            "dilations": tuple(layer.dilation_nd),
+            "group": layer.num_groups,
+        },
+    )
+
+
+def _activation(writer: _Writer, layer: rec.ActivationLayer) -> None:
+    operator = _ACTIVATIONS[layer.type]
+    if operator == "Clip":
+        limits = [writer.constant(np.array(v, layer.output.dtype.value)) for v in (layer.alpha, layer.beta)]
+        writer.node(operator, [*_inputs(layer), *limits], layer)
+        return
+    if operator == "Softplus" and (layer.alpha, layer.beta) != (1.0, 1.0):
+        raise NetworkError(f"layer {layer.name}: ONNX has Softplus with alpha = beta = 1 only")
+    attributes = {"LeakyRelu": ("alpha",), "Elu": ("alpha",), "HardSigmoid": ("alpha", "beta")}.get(operator, ())
+    writer.node(operator, _inputs(layer), layer, {name: float(getattr(layer, name)) for name in attributes})
+
+
+def _elementwise(writer: _Writer, layer: rec.ElementWiseLayer) -> None:
+    writer.node(_ELEMENTWISE[layer.op], _inputs(layer), layer)
+
+
+def _pooling(writer: _Writer, layer: rec.PoolingLayer) -> None:
+    attributes = {
+        "kernel_shape": layer.window_size_nd,
+        "strides": tuple(layer.stride_nd),
+        "pads": tuple(layer.padding_nd) * 2,
+    }
+    if layer.type == rec.PoolingType.MAX:
+        writer.node("MaxPool", _inputs(layer), layer, attributes)
+    else:
+        include = int(not layer.average_count_excludes_padding)
+        writer.node("AveragePool", _inputs(layer), layer, {"count_include_pad": include, **attributes})
+
+
+def _concatenation(writer: _Writer, layer: rec.ConcatenationLayer) -> None:
+    writer.node("Concat", _inputs(layer), layer, {"axis": layer.axis})
+
+
+def _resize(writer: _Writer, layer: rec.ResizeLayer) -> None:
+    scales = writer.constant(np.array(layer.scales, np.float32))
+    writer.node(
+        "Resize",
+        [*_inputs(layer), "", scales],
+        layer,
+        {
+            "mode": "nearest" if layer.resize_mode == rec.InterpolationMode.NEAREST else "linear",
+            "coordinate_transformation_mode": _COORDINATES[layer.coordinate_transformation],
+            "nearest_mode": _ROUNDING[layer.nearest_rounding],
+        },
+    )
+
+
+def _slice(writer: _Writer, layer: rec.SliceLayer) -> None:
+    # ONNX wants the end after the last element; INT64_MIN stands for "past the start" when stepping backwards
+    ends = [
+        start + count * stride if start + count * stride >= 0 else np.iinfo(np.int64).min
+        for start, count, stride in zip(layer.start, layer.shape, layer.stride, strict=True)
+    ]
+    axes = range(len(layer.start))
+    arguments = [writer.integers(values) for values in (layer.start, ends, axes, layer.stride)]
+    writer.node("Slice", [*_inputs(layer), *arguments], layer)
+
+
+def _shuffle(writer: _Writer, layer: rec.ShuffleLayer) -> None:
+    steps: list[tuple[str, dict[str, Any]]] = []
+    if layer.first_transpose is not None:
+        steps.append(("Transpose", {"perm": tuple(layer.first_transpose)}))
+    if layer.reshape_dims is not None:
+        steps.append(("Reshape", {}))
+    if layer.second_transpose is not None:
+        steps.append(("Transpose", {"perm": tuple(layer.second_transpose)}))
+    value = layer.inputs[0].name
+    for index, (operator, attributes) in enumerate(steps or [("Identity", {})]):
+        last = index == max(len(steps) - 1, 0)
+        inputs = [value, writer.integers(tuple(layer.reshape_dims or ()))] if operator == "Reshape" else [value]
+        output = layer.output.name if last else f"{layer.output.name}.{index}"
+        value = writer.node(operator, inputs, layer, attributes, output=output)
+
+
+def _reduce(writer: _Writer, layer: rec.ReduceLayer) -> None:
+    operator, axes = _REDUCE[layer.op], layer.axis_list()
+    if operator == "ReduceSum":  # takes its axes as an input since opset 13, the others since 18
+        writer.node(operator, [*_inputs(layer), writer.integers(axes)], layer, {"keepdims": int(layer.keep_dims)})
+    else:
+        writer.node(operator, _inputs(layer), layer, {"axes": axes, "keepdims": int(layer.keep_dims)})
+
+
+def _softmax(writer: _Writer, layer: rec.SoftMaxLayer) -> None:
+    writer.node("Softmax", _inputs(layer), layer, {"axis": layer.axes.bit_length() - 1})
+
+
+def _matrix_multiply(writer: _Writer, layer: rec.MatrixMultiplyLayer) -> None:
+    operands = []
+    for index, (tensor, operation) in enumerate(zip(layer.inputs, (layer.op0, layer.op1), strict=True)):
+        name = tensor.name
+        if operation == rec.MatrixOperation.TRANSPOSE:
+            rank = len(tensor.shape)
+            order = (*range(rank - 2), rank - 1, rank - 2)
+            name = writer.node("Transpose", [name], layer, {"perm": order}, output=f"{layer.output.name}.{index}")
+        operands.append(name)
+    writer.node("MatMul", operands, layer)
+
+
+def _cast(writer: _Writer, layer: rec.CastLayer) -> None:
+    writer.node("Cast", _inputs(layer), layer, {"to": writer.element_type(layer.to_type)})
+
+
+def _quantize(writer: _Writer, layer: rec.QuantizeLayer) -> None:
+    x, scale = layer.inputs
+    zero_point = writer.constant(np.zeros(scale.shape, np.int8))
+    axis = {"axis": layer.axis} if scale.shape else {}
+    operator = "DequantizeLinear" if layer.dequantize else "QuantizeLinear"
+    real = layer.to_type if layer.dequantize else x.dtype
+    between = f"{layer.output.name}.float32"
+    if real == rec.float32:
+        writer.node(operator, [x.name, scale.name, zero_point], layer, axis)
+    elif layer.dequantize:  # opset 17 quantizes float32 only
+        writer.node(operator, [x.name, scale.name, zero_point], layer, axis, output=between)
+        writer.node("Cast", [between], layer, {"to": writer.element_type(real)})
+    else:
+        writer.node("Cast", [x.name], layer, {"to": writer.element_type(rec.float32)}, output=between)
+        writer.node(operator, [between, scale.name, zero_point], layer, axis)
+
+
+_EMITTERS: dict[type[rec.Layer], Callable[[_Writer, Any], None]] = {
+    rec.ConstantLayer: _constant,
+    rec.ConvolutionLayer: _convolution,
+    rec.ActivationLayer: _activation,
+    rec.ElementWiseLayer: _elementwise,
+    rec.PoolingLayer: _pooling,
+    rec.ConcatenationLayer: _concatenation,
+    rec.ResizeLayer: _resize,
+    rec.SliceLayer: _slice,
+    rec.ShuffleLayer: _shuffle,
+    rec.ReduceLayer: _reduce,
+    rec.SoftMaxLayer: _softmax,
+    rec.MatrixMultiplyLayer: _matrix_multiply,
+    rec.CastLayer: _cast,
+    rec.QuantizeLayer: _quantize,
+}

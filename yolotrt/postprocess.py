@@ -1,0 +1,250 @@
+"""From raw heads to boxes on the CPU: YoloLayer and non-maximum suppression, the reference for the GPU kernels.
+
+YoloLayer (YOLOv5 models/yolo.py, Detect.forward): with s = sigmoid(raw), a cell at (column, row) of a level with stride
+and an anchor give
+
+    centre x = (2 s[0] - 0.5 + column) stride      width  = (2 s[2])^2 anchor width
+    centre y = (2 s[1] - 0.5 + row) stride         height = (2 s[3])^2 anchor height
+
+objectness s[4] and class probabilities s[5:], all in float32. Rows are ordered level by level, then anchor, then row,
+then column, as YOLOv5 does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from yolotrt.weights.model import Anchors
+
+Float = npt.NDArray[np.float32]
+Index = npt.NDArray[np.int64]
+
+MAX_CANDIDATES = 30_000
+"""Boxes that enter NMS at most, best first (YOLOv5 utils/general.py, max_nms)."""
+
+BOX_VALUES = 5
+"""x, y, width, height and objectness stand before the class probabilities."""
+
+
+@dataclass(frozen=True)
+class NmsOptions:
+    """How rows become detections.
+
+    Attributes:
+        confidence: Rows with objectness or objectness x class probability not above this are dropped.
+        iou: A box that overlaps a better one of its class by more than this is dropped.
+        max_detections: Boxes kept at most.
+        classes: Class indices to keep; None keeps all.
+        agnostic: Whether boxes of different classes suppress each other.
+        multi_label: Whether a row gives a box for every class above `confidence` (evaluation) or only for its best.
+    """
+
+    confidence: float = 0.25
+    iou: float = 0.45
+    max_detections: int = 300
+    classes: tuple[int, ...] | None = None
+    agnostic: bool = False
+    multi_label: bool = False
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Boxes in network-input pixels.
+
+    Attributes:
+        xyxy: float32 (N, 4): left, top, right, bottom.
+        confidence: float32 (N,).
+        class_id: int64 (N,).
+    """
+
+    xyxy: Float
+    confidence: Float
+    class_id: Index
+
+    def __len__(self) -> int:
+        return len(self.confidence)
+
+    def take(self, index: npt.NDArray[np.integer] | npt.NDArray[np.bool_]) -> Boxes:
+        """The boxes at `index` (indices or a mask)."""
+        return Boxes(self.xyxy[index], self.confidence[index], self.class_id[index])
+
+
+class YoloLayer:
+    """Turns raw heads into rows of boxes.
+
+    Attributes:
+        anchors: float32 (levels, anchors, 2): width and height in network-input pixels.
+        strides: Network-input pixels per cell, by level.
+        class_count: Number of classes.
+    """
+
+    def __init__(self, anchors: Anchors, strides: Sequence[int], class_count: int) -> None:
+        self.anchors: Float = np.array(anchors, np.float32)
+        self.strides = tuple(strides)
+        self.class_count = class_count
+
+    def full(self, heads: Sequence[Float]) -> Float:
+        """Decode everything.
+
+        Args:
+            heads: Per level float32 (batch, anchors x (5 + classes), rows, columns), raw.
+
+        Returns:
+            float32 (batch, rows of all levels, 5 + classes): centre x, centre y, width, height in network-input
+            pixels, objectness, class probabilities.
+        """
+        return np.concatenate([self._decode_level(level, head) for level, head in enumerate(heads)], axis=1)
+
+    def best(self, heads: Sequence[Float]) -> Float:
+        """Decode, keeping each row's best class.
+
+        Args:
+            heads: As for `full`.
+
+        Returns:
+            float32 (batch, rows of all levels, 6): left, top, right, bottom in network-input pixels, objectness x
+            probability of the best class (the first of equals), class index.
+        """
+        rows = self.full(heads)
+        class_id = rows[..., BOX_VALUES:].argmax(-1)
+        score = rows[..., 4] * np.take_along_axis(rows[..., BOX_VALUES:], class_id[..., None], -1)[..., 0]
+        return np.concatenate([_corners(rows[..., :4]), score[..., None], class_id[..., None].astype(np.float32)], -1)
+
+    def candidates(self, heads: Sequence[Float], confidence: float) -> Iterator[Float]:
+        """Decode only rows whose objectness is above `confidence`; the same values as `full`, much faster.
+
+        Args:
+            heads: As for `full`.
+            confidence: Threshold in 0..1.
+
+        Yields:
+            For each picture of the batch float32 (candidates, 5 + classes), in the order of `full`.
+        """
+        levels = [self._split(head) for head in heads]  # (batch, anchors, 5 + classes, rows, columns)
+        threshold = _raw_threshold(confidence)
+        for picture in range(heads[0].shape[0]):
+            rows = [self._candidates(level, split[picture], threshold) for level, split in enumerate(levels)]
+            decoded = np.concatenate(rows)
+            yield decoded[decoded[:, 4] > confidence]
+
+    def _split(self, head: Float) -> Float:
+        """(batch, anchors x (5 + classes), h, w) -> (batch, anchors, 5 + classes, h, w), without a copy."""
+        batch, _, height, width = head.shape
+        return head.reshape(batch, self.anchors.shape[1], BOX_VALUES + self.class_count, height, width)
+
+    def _decode_level(self, level: int, head: Float) -> Float:
+        """All rows of one level: (batch, anchors x h x w, 5 + classes)."""
+        raw = self._split(head).transpose(0, 1, 3, 4, 2)  # (batch, anchors, h, w, 5 + classes)
+        batch, anchors, height, width, values = raw.shape
+        anchor, row, column = np.indices((anchors, height, width))
+        decoded = self._decode(level, raw.reshape(batch, -1, values), anchor.ravel(), row.ravel(), column.ravel())
+        return decoded  # noqa: RET504 - the name says what it is
+
+    def _candidates(self, level: int, raw: Float, threshold: float) -> Float:
+        """Decoded rows of one picture and level, (anchors, 5 + classes, h, w), whose raw objectness may be enough."""
+        objectness = raw[:, 4]  # (anchors, h, w)
+        # ten times faster than np.nonzero in three dimensions
+        anchor, row, column = np.unravel_index(np.flatnonzero(objectness > threshold), objectness.shape)
+        return self._decode(level, raw[anchor, :, row, column], anchor, row, column)
+
+    def _decode(self, level: int, raw: Float, anchor: Index, row: Index, column: Index) -> Float:
+        """The formulas above for rows (..., n, 5 + classes) at the given cells (n,)."""
+        stride = np.float32(self.strides[level])
+        decoded = sigmoid(raw)
+        cell = np.stack([column, row], -1).astype(np.float32)  # (n, 2)
+        decoded[..., :2] = (decoded[..., :2] * 2 - np.float32(0.5) + cell) * stride
+        decoded[..., 2:4] = (decoded[..., 2:4] * 2) ** 2 * self.anchors[level][anchor]
+        return decoded
+
+
+def sigmoid(raw: Float) -> Float:
+    """1 / (1 + exp(-raw)) in float32; exactly 0 and 1 in the limits."""
+    with np.errstate(over="ignore"):  # exp overflows to infinity and the quotient to 0, as it should
+        decoded: Float = np.negative(raw)
+        np.exp(decoded, out=decoded)
+        decoded += 1
+        return np.reciprocal(decoded, out=decoded)
+
+
+def non_max_suppression(rows: Float, options: NmsOptions) -> Boxes:
+    """Select the detections of one picture (YOLOv5 utils/general.py, non_max_suppression).
+
+    Args:
+        rows: float32 (n, 5 + classes) as `YoloLayer.full` and `candidates` give them.
+        options: Thresholds.
+
+    Returns:
+        At most `options.max_detections` boxes, best first; equal confidences in the order of their rows.
+    """
+    boxes = _select_classes(rows[rows[:, 4] > options.confidence], options)
+    if options.classes is not None:
+        boxes = boxes.take(np.isin(boxes.class_id, options.classes))
+    order = np.argsort(-boxes.confidence, kind="stable")[:MAX_CANDIDATES]
+    boxes = boxes.take(order)
+    return boxes.take(greedy_nms(boxes, options.iou, options.max_detections, agnostic=options.agnostic))
+
+
+def greedy_nms(boxes: Boxes, iou: float, max_detections: int, *, agnostic: bool = False) -> Index:
+    """Greedy non-maximum suppression.
+
+    Args:
+        boxes: Sorted, best first.
+        iou: A box that overlaps a kept one by more than this is dropped.
+        max_detections: Boxes kept at most.
+        agnostic: Whether boxes of different classes suppress each other.
+
+    Returns:
+        int64 (kept,): indices of the kept boxes, best first.
+    """
+    left = np.arange(len(boxes))
+    areas = (boxes.xyxy[:, 2] - boxes.xyxy[:, 0]) * (boxes.xyxy[:, 3] - boxes.xyxy[:, 1])
+    kept: list[int] = []
+    while left.size and len(kept) < max_detections:
+        best, left = int(left[0]), left[1:]
+        kept.append(best)
+        suppressed = _overlaps(boxes.xyxy[best], areas[best], boxes.xyxy[left], areas[left]) > np.float32(iou)
+        if not agnostic:
+            suppressed &= boxes.class_id[left] == boxes.class_id[best]
+        left = left[~suppressed]
+    return np.array(kept, np.int64)
+
+
+def _overlaps(box: Float, area: np.float32, others: Float, areas: Float) -> Float:
+    """Intersection over union of one box with n others; boxes without area overlap nothing."""
+    sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
+    np.maximum(sides, 0, out=sides)
+    intersection = sides[:, 0] * sides[:, 1]
+    with np.errstate(invalid="ignore"):
+        overlaps: Float = intersection / (area + areas - intersection)
+    return overlaps
+
+
+def _select_classes(rows: Float, options: NmsOptions) -> Boxes:
+    """One box for each row's best class, or for all its classes, whose confidence is high enough."""
+    scores = rows[:, BOX_VALUES:] * rows[:, 4:5]  # (n, classes)
+    if options.multi_label:
+        row, class_id = np.nonzero(scores > options.confidence)
+        return Boxes(_corners(rows[row, :4]), scores[row, class_id], class_id)
+    class_id = scores.argmax(1)
+    confidence = np.take_along_axis(scores, class_id[:, None], 1)[:, 0]
+    boxes = Boxes(_corners(rows[:, :4]), confidence, class_id)
+    return boxes.take(confidence > options.confidence)
+
+
+def _corners(xywh: Float) -> Float:
+    """Centre, width and height (..., 4) as left, top, right, bottom."""
+    half = xywh[..., 2:4] / 2
+    return np.concatenate([xywh[..., :2] - half, xywh[..., :2] + half], -1)
+
+
+def _raw_threshold(confidence: float) -> float:
+    """A raw value whose sigmoid is a little below `confidence`, to filter before the exact test."""
+    if confidence <= 0:
+        return -np.inf
+    if confidence >= 1:
+        return np.inf
+    return float(np.log(confidence / (1 - confidence))) - 1e-3
