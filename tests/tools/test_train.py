@@ -150,7 +150,7 @@ def _data(labels: list[list[list[float]]], size: int = 64) -> train.Pictures:
 
 
 def test_compose_without_change_returns_the_picture_and_its_labels() -> None:
-    pictures, labels, _ = train.render.render_scene(3, (64, 64)), [[[1, 10, 12, 30, 40]]], None
+    pictures, labels, _ = train.scene.render_scene(3, (64, 64)), [[[1, 10, 12, 30, 40]]], None
     data = _data(labels)
     data.images[0] = torch.from_numpy(pictures[0][..., ::-1].copy()).permute(2, 0, 1)
     layout = train.Layout(torch.full((1, 2), 64.0), torch.ones(1, 4), torch.zeros(1, 4, 2))
@@ -268,7 +268,7 @@ def test_smoke_run_learns_stops_resumes_and_writes_a_readable_checkpoint(tmp_pat
         assert (tmp_path / "b" / name).stat().st_size < 16 << 20
     checkpoint = pytest.importorskip("yolotrt.weights.checkpoint", reason="the restricted reader is not there yet")
     weights = checkpoint.read_checkpoint(tmp_path / "b" / "best.pt")
-    assert weights.metadata.names == train.render.CLASS_NAMES
+    assert weights.metadata.names == train.scene.CLASS_NAMES
     assert weights.metadata.anchors[2][2] == pytest.approx((251, 251))
     assert weights.tensors["model.24.m.0.weight"].shape == (51, 64, 1, 1)
 

@@ -96,9 +96,7 @@ class Painter:
         return np.rint(pixels * (1 << SUB_PIXEL_BITS)).astype(np.int32)
 
 
-def arc(  # noqa: PLR0917 - the order of an ellipse's parameters everywhere
-    x: float, y: float, rx: float, ry: float, start: float, end: float, count: int = 48
-) -> Points:
+def arc(x: float, y: float, rx: float, ry: float, start: float, end: float, count: int = 48) -> Points:
     """Points of an elliptic arc; angles in degrees, clockwise on the screen, 0 to the right."""
     angles = np.radians(np.linspace(start, end, count))
     return np.stack([x + rx * np.cos(angles), y + ry * np.sin(angles)], axis=1)

@@ -251,7 +251,7 @@ def _strip(image: Image, camera: Camera, xs: tuple[float, float], zs: tuple[floa
     cv2.fillPoly(image, [np.array(corners, np.int32)], colour, cv2.LINE_AA)
 
 
-def _box(  # noqa: PLR0917 - two ranges and a colour read best in this order
+def _box(
     image: Image, camera: Camera, thing: Thing, xs: tuple[float, float], ys: tuple[float, float], colour: Colour
 ) -> None:
     """A rectangle that faces the camera; xs are relative to the thing."""

@@ -1,4 +1,4 @@
-"""Train the demo model, a YOLOv5n, on pictures that render.py makes.
+"""Train the demo model, a YOLOv5n, on pictures that it renders.
 
 Usage:
     python tools/demo_model/train.py --out DIR [--count 12000] [--epochs 120 | --schedule-minutes M] [--minutes M]
@@ -34,13 +34,13 @@ from torch.nn import functional
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 
-import render  # noqa: E402
+import scene  # noqa: E402
 from loss import detection_loss  # noqa: E402
 from metrics import Boxes, average_precision, select  # noqa: E402
 from model import STRIDES, DetectionModel, checkpoint_bytes, decode, yolov5n_yaml  # noqa: E402
 
 TRAIN_SEED, EVAL_SEED, EMPTY_SEED = 1, 900, 901
-"""Datasets of render.py: for training, for the held-out figures, and without signs."""
+"""Sets of pictures: for training, for the held-out figures, and without signs."""
 SMALL_SIDE = 24.0
 FALSE_BOX_CONFIDENCE = 0.25
 PAD = 114 / 255
@@ -121,8 +121,8 @@ def render_pictures(seed: int, count: int, size: int, max_signs: int, workers: i
         return np.frombuffer(mmap.mmap(-1, math.prod(shape) * np.dtype(kind).itemsize), kind).reshape(shape)
 
     _shared["images"] = shared((count, 3, size, size), np.uint8)
-    _shared["labels"] = shared((count, render.MAX_SIGNS, 5), np.float32)
-    tasks = [(index, seed * render.SEED_STEP + index, size, max_signs) for index in range(count)]
+    _shared["labels"] = shared((count, scene.MAX_SIGNS, 5), np.float32)
+    tasks = [(index, seed * scene.SEED_STEP + index, size, max_signs) for index in range(count)]
     if workers == 0:
         for task in tasks:
             _render_into(task)
@@ -135,8 +135,8 @@ def render_pictures(seed: int, count: int, size: int, max_signs: int, workers: i
 
 def _render_into(task: tuple[int, int, int, int]) -> None:
     index, seed, size, max_signs = task
-    render.cv2.setNumThreads(1)
-    image, boxes, class_ids = render.render_scene(seed, (size, size), max_signs)
+    scene.cv2.setNumThreads(1)
+    image, boxes, class_ids = scene.render_scene(seed, (size, size), max_signs)
     _shared["images"][index] = image[..., ::-1].transpose(2, 0, 1)
     labels = _shared["labels"][index]
     labels[:] = -1
@@ -307,7 +307,7 @@ class Run:
     def start(cls, plan: Plan, device: torch.device) -> Run:
         """A fresh run; the seed decides the first weights."""
         torch.manual_seed(plan.seed)
-        model = DetectionModel(yolov5n_yaml(len(render.CLASS_NAMES)), render.CLASS_NAMES).to(device)
+        model = DetectionModel(yolov5n_yaml(len(scene.CLASS_NAMES)), scene.CLASS_NAMES).to(device)
         model = model.to(memory_format=torch.channels_last)
         return cls(plan, model, Average(model, plan), make_optimizer(model, plan))
 
@@ -352,7 +352,7 @@ class Run:
 
     def averaged(self) -> DetectionModel:
         """A model with the averaged weights, for evaluation."""
-        model = DetectionModel(self.model.yaml, render.CLASS_NAMES).to(next(self.model.parameters()).device)
+        model = DetectionModel(self.model.yaml, scene.CLASS_NAMES).to(next(self.model.parameters()).device)
         model.load_state_dict(self.average.values)
         return model.eval()
 
@@ -477,7 +477,7 @@ def labelled_boxes(data: Pictures) -> list[Boxes]:
 def evaluate(model: DetectionModel, held_out: Pictures, empty: Pictures) -> dict[str, Any]:
     """Mean average precision on held-out pictures, for all signs and by size, and false boxes on sign-free pictures."""
     found, truth = predict(model, held_out.images, 0.001), labelled_boxes(held_out)
-    count = len(render.CLASS_NAMES)
+    count = len(scene.CLASS_NAMES)
     table = average_precision(found, truth, count)
     result: dict[str, Any] = {"images": len(truth), "signs": sum(len(boxes.class_id) for boxes in truth)}
     for name, sides in (("", (0, 1e9)), ("_small", (0, SMALL_SIDE)), ("_large", (SMALL_SIDE, 1e9))):
@@ -485,7 +485,7 @@ def evaluate(model: DetectionModel, held_out: Pictures, empty: Pictures) -> dict
         result[f"map50{name}"], result[f"map50_95{name}"] = _mean(part[:, 0]), _mean(part)
     result["by_class"] = {
         name: [round(float(row[0]), 4), round(float(row.mean()), 4)] if not np.isnan(row[0]) else None
-        for name, row in zip(render.CLASS_NAMES, table, strict=True)
+        for name, row in zip(scene.CLASS_NAMES, table, strict=True)
     }
     false = predict(model, empty.images, FALSE_BOX_CONFIDENCE)
     result["empty_images"], result["false_boxes"] = len(false), sum(len(boxes.class_id) for boxes in false)
@@ -515,8 +515,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train_and_write(options: argparse.Namespace, began: float) -> None:
     plan = Run.resume(options.resume, torch.device("cpu")).plan if options.resume else _plan(options)
     workers = options.workers
-    data = render_pictures(TRAIN_SEED, plan.count, plan.size, render.MAX_SIGNS, workers)
-    held_out = render_pictures(EVAL_SEED, plan.eval_count, plan.size, render.MAX_SIGNS, workers)
+    data = render_pictures(TRAIN_SEED, plan.count, plan.size, scene.MAX_SIGNS, workers)
+    held_out = render_pictures(EVAL_SEED, plan.eval_count, plan.size, scene.MAX_SIGNS, workers)
     empty = render_pictures(EMPTY_SEED, plan.eval_count, plan.size, 0, workers)
     seconds = time.monotonic() - began
     print(
