@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yolotrt
-from yolotrt.errors import InputError, OutputError, YolotrtError
+from yolotrt.errors import ImageError, InputError, OutputError
+from yolotrt.shell import make_output_robust, print_beside_progress, printable, run_command
 
 if TYPE_CHECKING:
     from yolotrt.detections import Detections
@@ -25,8 +27,16 @@ DEFAULT_ENGINE = Path("yolotrt.engine")
 DEFAULT_OUTPUT = Path("runs/detect")
 DEFAULT_SAMPLES = Path("samples")
 
-EXIT_INTERRUPTED = 130
-"""What shells give for a program that Ctrl-C ended."""
+NO_DISPLAY = "--show needs a display: leave it out and look at the files in the results folder"
+
+QUIT_KEYS = (ord("q"), 27)
+"""q and Escape."""
+
+ENGINE_HELP = "engine file that -s writes and -d runs (default: %(default)s)"
+
+USAGE = f"""{PROGRAM} -s --weights FILE [--engine FILE] [option ...]
+       {PROGRAM} -d [SOURCE ...] [--engine FILE] [option ...]
+       {PROGRAM} --info FILE"""
 
 EPILOG = """examples:
   python gen_wts.py -w yolov5s.pt -o yolov5s.wts        convert a checkpoint
@@ -45,36 +55,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 for failures, 2 for bad input.
     """
-    options = make_parser().parse_args(argv)
+    make_output_robust()
+    return run_command(PROGRAM, lambda: _run(argv), debug="--debug" in (sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    """Parse the arguments and run their command."""
+    options = _parse(argv)
     logging.basicConfig(
         level=logging.DEBUG if options.debug else logging.INFO if options.verbose else logging.WARNING,
         format=f"{PROGRAM}: %(message)s",
         stream=sys.stderr,
     )
-    try:
-        return int(options.command(options))
-    except YolotrtError as error:
-        if options.debug:
-            raise
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-        return error.exit_status
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except MemoryError:
-        if options.debug:
-            raise
-        print(f"{PROGRAM}: error: out of memory: use a smaller --imgsz or --batch", file=sys.stderr)
-        return 1
+    return int(options.command(options))
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options; sources may also stand after other options, as in ``-d --no-save bus.jpg``."""
+    parser = make_parser()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options, rest = parser.parse_known_args(arguments[:end])
+    wrong = [argument for argument in rest if argument.startswith("-")]
+    rest += arguments[end + 1 :]  # after -- even a name that begins with a dash is a source
+    if wrong or (rest and options.command is not detect):
+        parser.error(f"unrecognized arguments: {' '.join(wrong or rest)}")
+    if options.command is detect:
+        options.detect_sources.extend(rest)
+    return options
 
 
 def make_parser() -> argparse.ArgumentParser:
     """All options, in the groups of the commands that they belong to."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
+        usage=USAGE,
         description="YOLOv5 on TensorRT; on ONNX Runtime where there is no GPU.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -85,9 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_commands(parser)
     _add_build_options(parser.add_argument_group("building (-s)"))
     _add_detect_options(parser.add_argument_group("detecting (-d)"))
-    parser.add_argument(
-        "--engine", type=Path, default=DEFAULT_ENGINE, metavar="FILE", help="engine file (default: %(default)s)"
-    )
+    parser.add_argument("--engine", type=Path, default=DEFAULT_ENGINE, metavar="FILE", help=ENGINE_HELP)
     return parser
 
 
@@ -107,7 +120,12 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         help="detect in pictures: files, folders, globs, .txt lists (default: samples/)",
     )
     group.add_argument(
-        "--info", dest="info_file", action=_SetCommand, command=info, metavar="FILE", help="describe a file"
+        "--info",
+        dest="info_file",
+        action=_SetCommand,
+        command=info,
+        metavar="FILE",
+        help="describe a .pt, .wts, .safetensors or .engine file",
     )
 
 
@@ -127,7 +145,7 @@ def _add_build_options(group: Any) -> None:
     from yolotrt.engines.base import PRECISIONS
     from yolotrt.engines.build import AUTO, BACKENDS
 
-    group.add_argument("--weights", metavar="FILE", help=".wts, .safetensors or .pt")
+    group.add_argument("--weights", metavar="FILE", help=".wts, .safetensors or .pt file (required)")
     group.add_argument("--precision", choices=PRECISIONS, help="default: fp16 on a GPU, fp32 on a CPU")
     group.add_argument(
         "--imgsz",
@@ -137,17 +155,29 @@ def _add_build_options(group: Any) -> None:
         help="input size in pixels: N, or HEIGHT WIDTH (default: the model's)",
     )
     group.add_argument("--batch", type=int, metavar="N", help="static batch size (default: 1)")
-    group.add_argument("--min-batch", type=int, metavar="N", help="smallest size of a dynamic batch")
-    group.add_argument("--opt-batch", type=int, metavar="N", help="the batch size to be fastest for")
+    group.add_argument("--min-batch", type=int, metavar="N", help="smallest size of a dynamic batch (default: 1)")
+    group.add_argument(
+        "--opt-batch", type=int, metavar="N", help="the batch size to be fastest for (default: the largest)"
+    )
     group.add_argument("--max-batch", type=int, metavar="N", help="largest size of a dynamic batch")
-    group.add_argument("--backend", choices=(AUTO, *BACKENDS), default=AUTO, help="default: the best one here")
+    group.add_argument(
+        "--backend", choices=(AUTO, *BACKENDS), default=AUTO, help="default: the best one that runs here"
+    )
     group.add_argument("--workspace", type=int, metavar="MIB", help="limit of TensorRT's scratch memory")
     group.add_argument("--raw-plan", type=Path, metavar="FILE", help="write the bare plan (or ONNX model) as well")
 
 
 def _add_detect_options(group: Any) -> None:
-    group.add_argument("--conf", type=float, default=0.25, metavar="C", help="lowest confidence (default: %(default)s)")
-    group.add_argument("--iou", type=float, default=0.45, metavar="I", help="NMS overlap (default: %(default)s)")
+    group.add_argument(
+        "--conf", type=float, default=0.25, metavar="C", help="least confidence, 0 to 1 (default: %(default)s)"
+    )
+    group.add_argument(
+        "--iou",
+        type=float,
+        default=0.45,
+        metavar="I",
+        help="overlap of boxes above which NMS drops one, 0 to 1 (default: %(default)s)",
+    )
     group.add_argument(
         "--max-det", type=int, default=300, metavar="N", help="detections a picture (default: %(default)s)"
     )
@@ -178,10 +208,11 @@ def serialize(options: argparse.Namespace) -> int:
     if options.weights is None:
         raise InputError("no weights given: name a .wts, .safetensors or .pt file with --weights")
     build_options = _build_options(options)
+    _check_build_outputs(options)
     began = time.perf_counter()
     weights = load_weights(options.weights)
     for conclusion in weights.metadata.inferred:
-        print(f"{options.weights}: inferred {conclusion}")
+        print(printable(f"{options.weights}: inferred {conclusion}"))
     engine = build_engine(weights, options.engine, backend=options.backend, options=build_options)
     if options.raw_plan is not None:
         with atomic_write(options.raw_plan) as file:
@@ -189,12 +220,24 @@ def serialize(options: argparse.Namespace) -> int:
     header = engine.header
     low, _, high = header.batch_range
     print(
-        f"{options.engine}: {len(header.model.names)} classes, {header.imgsz[0]}x{header.imgsz[1]}, "
+        f"{printable(str(options.engine))}: {len(header.model.names)} classes, {header.imgsz[0]}x{header.imgsz[1]}, "
         f"batch {low if low == high else f'{low} to {high}'}, {header.precision}, "
         f"{header.backend} {header.backend_version}, {header.plan_size / 1e6:.1f} MB, "
         f"{time.perf_counter() - began:.1f} s"
     )
     return 0
+
+
+def _check_build_outputs(options: argparse.Namespace) -> None:
+    """Fail before the build if an output cannot be written, or would replace another file of the same command."""
+    used = {Path(options.weights).resolve(): "--weights"}
+    for name, path in (("--engine", options.engine), ("--raw-plan", options.raw_plan)):
+        if path is None:
+            continue
+        other = used.setdefault(path.resolve(), name)
+        if other != name:
+            raise OutputError(f"{name} and {other} are the same file {path}: choose another name")
+        _check_writable(path)
 
 
 def _build_options(options: argparse.Namespace) -> Any:
@@ -207,9 +250,10 @@ def _build_options(options: argparse.Namespace) -> Any:
             raise InputError("--batch makes a static batch: leave out --min-batch, --opt-batch and --max-batch")
         low = usual = high = options.batch
     else:
-        low = options.min_batch or 1
-        high = options.max_batch or max(low, options.opt_batch or 1)
-        usual = options.opt_batch or high
+        if options.max_batch is None and any(value is not None for value in dynamic):
+            raise InputError("--min-batch and --opt-batch belong to a dynamic batch: give --max-batch as well")
+        low, high = (1 if value is None else value for value in (options.min_batch, options.max_batch))
+        usual = options.opt_batch
     size = options.imgsz
     if size is not None and len(size) > 2:
         raise InputError(f"--imgsz takes one or two numbers, not {len(size)}")
@@ -217,8 +261,8 @@ def _build_options(options: argparse.Namespace) -> Any:
         precision=options.precision,
         imgsz=None if size is None else (size[0], size[-1]),
         min_batch=low,
-        opt_batch=usual,
         max_batch=high,
+        opt_batch=usual,
         workspace_mib=options.workspace,
     )
 
@@ -228,9 +272,8 @@ def detect(options: argparse.Namespace) -> int:
     from yolotrt.detector import Detector
     from yolotrt.media.sources import expand_sources
 
-    paths = expand_sources(options.detect_sources or [DEFAULT_SAMPLES])
-    _check_engine_exists(options.engine)
-    _check_writable(options.save_json)
+    paths = expand_sources(options.detect_sources or _default_sources())
+    _check_detect_options(options)
     with Detector(
         options.engine,
         confidence=options.conf,
@@ -244,7 +287,7 @@ def detect(options: argparse.Namespace) -> int:
 
 
 class _DetectRun:
-    """One run of ``-d``: pictures through a detector into files."""
+    """One run of ``-d``: pictures through a detector into files; one that cannot be read is named and left out."""
 
     def __init__(self, options: argparse.Namespace, detector: Detector, paths: Sequence[Path]) -> None:
         self._options = options
@@ -253,19 +296,24 @@ class _DetectRun:
         self._sink = self._make_sink()
         self._counts: Counter[str] = Counter()
         self._records: list[dict[str, Any]] = []
-        self._failures: list[str] = []
+        self._failures = 0
 
     def run(self) -> int:
-        """Process all pictures; returns the exit status."""
+        """Process all pictures; returns the exit status: 0, 1 if some cannot be read, 2 if none can."""
         from yolotrt.media.results import write_json
 
         began = time.perf_counter()
         try:
             for path, image, detections in self._results():
                 self._deliver(path, image, detections)
+                if self._options.show and not _show(path, image, detections):
+                    break
         finally:  # what was found before a failure or Ctrl-C is kept
             if self._options.save_json is not None:
                 write_json(self._options.save_json, self._records)
+            self._remove_empty_folder()
+        if self._failures == len(self._paths):
+            return ImageError.exit_status
         self._summarise(time.perf_counter() - began)
         return 1 if self._failures else 0
 
@@ -280,6 +328,12 @@ class _DetectRun:
         return ImageSink(
             folder, save_images=not options.no_save, save_txt=options.save_txt, with_confidence=options.save_conf
         )
+
+    def _remove_empty_folder(self) -> None:
+        """A run that wrote nothing leaves no folder of its own behind."""
+        if self._sink is not None and not self._options.exist_ok:
+            with contextlib.suppress(OSError):  # it is not empty
+                self._sink.folder.rmdir()
 
     def _results(self) -> Iterator[tuple[Path, Image, Detections]]:
         """Detections of every readable picture, in batches as large as the engine takes."""
@@ -301,9 +355,9 @@ class _DetectRun:
         for path in paths:
             try:
                 yield path, read_image(path)
-            except YolotrtError as error:
-                self._failures.append(str(error))
-                _print_beside_progress(f"{PROGRAM}: error: {error}")
+            except ImageError as error:
+                self._failures += 1
+                print_beside_progress(f"{PROGRAM}: error: {error}")
 
     def _deliver(self, path: Path, image: Image, detections: Detections) -> None:
         """Hand one picture's detections to all outputs."""
@@ -314,36 +368,68 @@ class _DetectRun:
             self._records.append(json_record(path, detections))
         if self._sink is not None:
             self._sink.write(path, image, detections)
-        if self._options.show:
-            _show(path, image, detections)
 
     def _summarise(self, seconds: float) -> None:
         """One line on what was found, one on how long it took."""
         timing = self._detector.timing
-        found = ", ".join(f"{number} {name}" for name, number in self._counts.most_common()) or "nothing"
-        print(f"{timing.pictures} of {len(self._paths)} pictures: {found}")
-        if timing.pictures:
-            print(
-                f"each: pre {timing.preprocess_ms / timing.pictures:.1f} ms, "
-                f"infer {timing.inference_ms / timing.pictures:.1f} ms, "
-                f"post {timing.postprocess_ms / timing.pictures:.1f} ms "
-                f"({timing.pictures / seconds:.1f} pictures/s with reading and writing)"
-            )
-        if self._sink is not None and timing.pictures:
-            print(f"results: {self._sink.folder}")
-        if self._failures:
-            print(f"{PROGRAM}: {len(self._failures)} of {len(self._paths)} pictures failed", file=sys.stderr)
-
-
-def _check_engine_exists(path: Path) -> None:
-    if path == DEFAULT_ENGINE and not path.exists():
-        raise InputError(
-            f"there is no {path} here: build one with python -m yolotrt -s --weights FILE, or use --engine"
+        counts = (f"{number} {printable(name)}" for name, number in self._counts.most_common())
+        found = ", ".join(counts) or "nothing"
+        print(f"{_count(timing.pictures, len(self._paths))}: {found}")
+        print(
+            f"each: pre {timing.preprocess_ms / timing.pictures:.1f} ms, "
+            f"infer {timing.inference_ms / timing.pictures:.1f} ms, "
+            f"post {timing.postprocess_ms / timing.pictures:.1f} ms "
+            f"({timing.pictures / seconds:.1f} pictures/s with reading and writing)"
         )
+        places = [self._sink.folder if self._sink is not None else None, self._options.save_json]
+        written = [printable(str(place)) for place in places if place is not None and place.exists()]
+        if written:
+            print(f"results: {', '.join(written)}")
+        if self._failures:
+            print(f"{PROGRAM}: {_count(self._failures, len(self._paths))} could not be read", file=sys.stderr)
+
+
+def _count(part: int, whole: int) -> str:
+    """Such as ``1 picture``, ``9 pictures`` or ``1 of 10 pictures``."""
+    number = f"{whole}" if part == whole else f"{part} of {whole}"
+    return f"{number} picture{'' if whole == 1 else 's'}"
+
+
+def _default_sources() -> list[Path]:
+    if not DEFAULT_SAMPLES.is_dir():
+        raise InputError(
+            f"no source given and no folder {DEFAULT_SAMPLES}/ here: name a picture, a folder, a glob or a .txt list"
+        )
+    return [DEFAULT_SAMPLES]
+
+
+def _check_detect_options(options: argparse.Namespace) -> None:
+    """Fail before the work rather than after it."""
+    if options.engine == DEFAULT_ENGINE and not options.engine.exists():
+        raise InputError(
+            f"there is no {options.engine} here: build one with python -m yolotrt -s --weights FILE, or use --engine"
+        )
+    if options.threads is not None and options.threads < 1:
+        raise InputError(f"--threads {options.threads} is out of range: choose at least 1")
+    if options.save_conf and not options.save_txt:
+        raise InputError("--save-conf adds to the files of --save-txt: give both")
+    if options.show:
+        _check_display()
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        raise OutputError(f"cannot write into {options.out}: it is no folder: choose another --out")
+    if options.save_json is not None and options.save_json.suffix.lower() != ".json":
+        raise OutputError(f"--save-json {options.save_json} is no .json file: name one")
+    _check_writable(options.save_json)
+
+
+def _check_display() -> None:
+    """Without a display OpenCV's window system ends the whole process."""
+    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        raise OutputError(NO_DISPLAY)
 
 
 def _check_writable(path: Path | None) -> None:
-    """Fail before the work rather than after it."""
+    """Fail before the work if a file cannot be written. None is none."""
     if path is None:
         return
     if path.is_dir():
@@ -355,8 +441,8 @@ def _check_writable(path: Path | None) -> None:
         raise OutputError(f"cannot write {path}: {folder} is not a writable folder: choose another place")
 
 
-def _show(path: Path, image: Image, detections: Detections) -> None:
-    """Show a picture in a window and wait for a key."""
+def _show(path: Path, image: Image, detections: Detections) -> bool:
+    """Show a picture in a window and wait for a key; returns whether to go on."""
     import cv2
 
     from yolotrt.media.drawing import draw
@@ -366,18 +452,8 @@ def _show(path: Path, image: Image, detections: Detections) -> None:
         key = cv2.waitKey(0)
         cv2.destroyWindow(str(path))
     except cv2.error as problem:
-        raise OutputError(
-            "--show needs a display: leave it out and look at the files in the results folder"
-        ) from problem
-    if key in (ord("q"), 27):
-        raise KeyboardInterrupt
-
-
-def _print_beside_progress(line: str) -> None:
-    """Print to stderr without tearing the progress bar."""
-    from tqdm import tqdm
-
-    tqdm.write(line, file=sys.stderr)
+        raise OutputError(NO_DISPLAY) from problem
+    return key not in QUIT_KEYS
 
 
 def info(options: argparse.Namespace) -> int:

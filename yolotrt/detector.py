@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -63,7 +63,7 @@ class Detector:
         max_detections: int = 300,
         classes: Sequence[int] | None = None,
         agnostic: bool = False,
-        **settings: Any,
+        threads: int | None = None,
     ) -> None:
         """Open an engine.
 
@@ -74,7 +74,7 @@ class Detector:
             max_detections: Detections a picture at most, 1..30000.
             classes: Class indices to look for; None looks for all.
             agnostic: Whether boxes of different classes suppress each other.
-            settings: The backend's own, such as ``threads=2`` for ONNX Runtime.
+            threads: CPU threads of ONNX Runtime; None takes one a physical core.
 
         Raises:
             InputError: if a value is out of range.
@@ -89,7 +89,8 @@ class Detector:
         )
         self.timing = Timing()
         self._yolo_layer = YoloLayer(model.anchors, model.strides, len(model.names))
-        self._session = open_session(self.engine, **settings)
+        self._session = open_session(self.engine, threads=threads)
+        self._is_closed = False
         self._input = np.zeros((self.engine.header.max_batch, 3, *self.engine.header.imgsz), np.float32)
 
     @property
@@ -115,13 +116,17 @@ class Detector:
 
         Raises:
             ImageError: if a picture cannot be read, or an array is no picture.
+            InputError: if the detector is closed.
         """
-        if isinstance(images, str | Path | np.ndarray):
-            return self._detect([_as_image(images)])[0]
-        return list(self._detect_all(images))
+        if self._is_closed:
+            raise InputError("the detector is closed: open a new one")
+        if isinstance(images, Sequence) and not isinstance(images, str | bytes):
+            return list(self._detect_all(images))
+        return self._detect([_as_image(images)])[0]
 
     def close(self) -> None:
-        """Free the engine."""
+        """Free the engine; calling it twice is harmless."""
+        self._is_closed = True
         self._session.close()
 
     def __enter__(self) -> Detector:
@@ -182,9 +187,15 @@ def _as_image(source: Source) -> Image:
     """A picture as an array, read from its file where it is a path."""
     if isinstance(source, str | Path):
         return read_image(Path(source))
-    if not isinstance(source, np.ndarray) or source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
-        what = f"{source.dtype} {source.shape}" if isinstance(source, np.ndarray) else type(source).__name__
-        raise ImageError(f"a picture must be uint8 BGR (height, width, 3), not {what}: convert it with cv2.cvtColor")
+    if source is None:
+        raise ImageError("a picture is None, as cv2.imread gives it for a file that it cannot read: check the path")
+    if not isinstance(source, np.ndarray):
+        raise ImageError(f"a picture must be an array or a path, not {type(source).__name__}: pass these or a list")
+    if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
+        raise ImageError(
+            f"a picture must be uint8 BGR (height, width, 3), not {source.dtype} {source.shape}: "
+            "convert it with cv2.cvtColor"
+        )
     if 0 in source.shape:
         raise ImageError(f"a picture of shape {source.shape} has no pixels: check where it comes from")
     return source

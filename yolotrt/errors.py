@@ -39,6 +39,10 @@ class BuildError(YolotrtError):
     """A backend could not build an engine."""
 
 
+class InferenceError(YolotrtError):
+    """A library failed while it ran an engine."""
+
+
 class EngineFileError(InputError):
     """An engine file is not one of ours, damaged, or made for another machine or library version."""
 

@@ -7,10 +7,13 @@ from pathlib import Path
 from yolotrt.engines.file import EngineFile, TensorInfo, is_engine_file
 from yolotrt.errors import InputError
 from yolotrt.files import require_file
+from yolotrt.shell import printable
 from yolotrt.weights import Metadata, Weights, load_weights
 from yolotrt.weights.model import Anchors
 
 NAMES_SHOWN = 12
+YOLO_LAYER_PLACES = {"host": "on the CPU, after the engine"}
+"""Where raw heads become boxes, in words, by the engine header's value."""
 
 
 def describe(path: Path) -> str:
@@ -19,10 +22,10 @@ def describe(path: Path) -> str:
     Raises:
         InputError: if the file cannot be read or is of another kind.
     """
-    path = require_file(path.expanduser(), "file", InputError)
+    path = require_file(path, "file", InputError)
     rows = _engine_rows(EngineFile.load(path)) if is_engine_file(path) else _weights_rows(load_weights(path))
     width = max(len(key) for key, _ in rows)
-    return "\n".join([str(path), *(f"  {key:<{width}}  {value}" for key, value in rows)])
+    return "\n".join([printable(str(path)), *(f"  {key:<{width}}  {printable(value)}" for key, value in rows)])
 
 
 def _engine_rows(engine: EngineFile) -> list[tuple[str, str]]:
@@ -35,7 +38,7 @@ def _engine_rows(engine: EngineFile) -> list[tuple[str, str]]:
         ("batch", f"{low}" if low == high else f"{low} to {high}, fastest at {usual}"),
         *(("input", _tensor(tensor)) for tensor in header.inputs),
         *(("output", _tensor(tensor)) for tensor in header.outputs),
-        ("YoloLayer", header.yololayer),
+        ("YoloLayer", YOLO_LAYER_PLACES.get(header.yololayer, header.yololayer)),
         ("plan", f"{header.plan_size:,} bytes, sha256 {header.plan_sha256}"),
         ("weights", f"sha256 {header.weights_sha256}"),
         ("built", f"{header.created} by yolotrt {header.yolotrt_version}"),

@@ -200,16 +200,21 @@ def greedy_nms(boxes: Boxes, iou: float, max_detections: int, *, agnostic: bool 
     Returns:
         int64 (kept,): indices of the kept boxes, best first.
     """
-    left = np.arange(len(boxes))
-    areas = (boxes.xyxy[:, 2] - boxes.xyxy[:, 0]) * (boxes.xyxy[:, 3] - boxes.xyxy[:, 1])
+    everything = np.arange(len(boxes))
+    groups = [everything] if agnostic else [everything[boxes.class_id == c] for c in np.unique(boxes.class_id)]
+    kept = [group[_greedy_nms_of_group(boxes.xyxy[group], iou, max_detections)] for group in groups]
+    return np.sort(np.concatenate([everything[:0], *kept]))[:max_detections]
+
+
+def _greedy_nms_of_group(xyxy: Float, iou: float, max_detections: int) -> Index:
+    """Greedy NMS of boxes (n, 4), best first, that all suppress each other."""
+    left = np.arange(len(xyxy))
+    areas = (xyxy[:, 2] - xyxy[:, 0]) * (xyxy[:, 3] - xyxy[:, 1])
     kept: list[int] = []
     while left.size and len(kept) < max_detections:
         best, left = int(left[0]), left[1:]
         kept.append(best)
-        suppressed = _overlaps(boxes.xyxy[best], areas[best], boxes.xyxy[left], areas[left]) > np.float32(iou)
-        if not agnostic:
-            suppressed &= boxes.class_id[left] == boxes.class_id[best]
-        left = left[~suppressed]
+        left = left[~(_overlaps(xyxy[best], areas[best], xyxy[left], areas[left]) > np.float32(iou))]
     return np.array(kept, np.int64)
 
 
@@ -242,9 +247,10 @@ def _corners(xywh: Float) -> Float:
 
 
 def _raw_threshold(confidence: float) -> float:
-    """A raw value whose sigmoid is a little below `confidence`, to filter before the exact test."""
-    if confidence <= 0:
-        return -np.inf
-    if confidence >= 1:
-        return np.inf
-    return float(np.log(confidence / (1 - confidence))) - 1e-3
+    """A raw value whose sigmoid is a little below `confidence`, to filter before the exact test.
+
+    A little is four float32 steps at 1, since `sigmoid` rounds three times and the comparison once. A distance in raw
+    values would not do: near 1 they are many to one sigmoid.
+    """
+    below = min(confidence, 1.0) - 4 * float(np.finfo(np.float32).eps)
+    return float(np.log(below / (1 - below))) if below > 0 else -np.inf

@@ -14,9 +14,13 @@ import numpy.typing as npt
 from yolotrt.engines.file import EngineFile, EngineHeader, TensorInfo
 from yolotrt.errors import InputError
 from yolotrt.weights import Weights
+from yolotrt.weights.model import MAX_IMAGE_SIZE
 
 PRECISIONS = ("fp32", "fp16")
 MAX_BATCH = 1024
+
+HOST = "host"
+"""`Plan.yololayer` of plans that give raw heads, which NumPy decodes."""
 
 
 @dataclass(frozen=True)
@@ -25,18 +29,18 @@ class BuildOptions:
 
     Attributes:
         precision: ``fp32`` or ``fp16``; None takes the backend's default.
-        imgsz: Network input height and width in pixels; None takes the model's own.
+        imgsz: Network input height and width in pixels, or one number for both; None takes the model's own.
         min_batch: Smallest batch.
-        opt_batch: The batch that the engine is made fastest for.
         max_batch: Largest batch. The batch is static where it equals `min_batch`.
+        opt_batch: The batch that the engine is made fastest for; None takes the largest.
         workspace_mib: Limit on TensorRT's scratch memory in MiB; None leaves it to TensorRT.
     """
 
     precision: str | None = None
-    imgsz: tuple[int, int] | None = None
+    imgsz: int | tuple[int, int] | None = None
     min_batch: int = 1
-    opt_batch: int = 1
     max_batch: int = 1
+    opt_batch: int | None = None
     workspace_mib: int | None = None
 
     def __post_init__(self) -> None:
@@ -47,18 +51,62 @@ class BuildOptions:
         """
         if self.precision is not None and self.precision not in PRECISIONS:
             raise InputError(f"precision {self.precision!r} is not known: choose one of {', '.join(PRECISIONS)}")
-        if not 1 <= self.min_batch <= self.opt_batch <= self.max_batch <= MAX_BATCH:
+        low, usual, high = self.batch_range
+        if not all(isinstance(size, int) for size in self.batch_range) or not 1 <= low <= usual <= high <= MAX_BATCH:
             raise InputError(
-                f"batch sizes {self.min_batch}, {self.opt_batch}, {self.max_batch} are not in order: "
-                f"choose 1 <= min <= opt <= max <= {MAX_BATCH}"
+                f"batch sizes {low}, {usual}, {high} are not in order: choose 1 <= min <= opt <= max <= {MAX_BATCH}"
             )
         if self.workspace_mib is not None and self.workspace_mib < 1:
             raise InputError(f"workspace of {self.workspace_mib} MiB: choose at least 1")
+        if self.imgsz is not None:
+            _check_image_size(self.imgsz)
+
+    @property
+    def batch_range(self) -> tuple[int, int, int]:
+        """Smallest, usual and largest batch."""
+        return self.min_batch, self.max_batch if self.opt_batch is None else self.opt_batch, self.max_batch
 
     @property
     def is_dynamic(self) -> bool:
         """Whether the batch may vary from call to call."""
         return self.min_batch != self.max_batch
+
+    def completed(self, precision: str, imgsz: tuple[int, int]) -> CompleteOptions:
+        """The same with nothing left open.
+
+        Args:
+            precision: What None stands for.
+            imgsz: What None stands for, height and width in pixels.
+        """
+        size = imgsz if self.imgsz is None else self.imgsz
+        return CompleteOptions(
+            precision=self.precision or precision,
+            imgsz=(size, size) if isinstance(size, int) else (size[0], size[1]),
+            batch_range=self.batch_range,
+            workspace_mib=self.workspace_mib,
+        )
+
+
+@dataclass(frozen=True)
+class CompleteOptions:
+    """`BuildOptions` with the defaults of the model and the backend filled in.
+
+    Attributes:
+        precision: ``fp32`` or ``fp16``.
+        imgsz: Network input height and width in pixels.
+        batch_range: Smallest, usual and largest batch.
+        workspace_mib: Limit on TensorRT's scratch memory in MiB, or None.
+    """
+
+    precision: str
+    imgsz: tuple[int, int]
+    batch_range: tuple[int, int, int]
+    workspace_mib: int | None = None
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the batch may vary from call to call."""
+        return self.batch_range[0] != self.batch_range[2]
 
 
 @dataclass(frozen=True)
@@ -69,6 +117,7 @@ class Plan:
         data: The serialized plan.
         inputs: The network's inputs.
         outputs: The network's outputs, finest level first.
+        yololayer: Where raw heads become boxes: ``host`` if the plan gives raw heads.
         device_name: GPU that it was built on or for; empty for a CPU.
         compute_capability: Of that GPU; empty for a CPU.
     """
@@ -76,6 +125,7 @@ class Plan:
     data: bytes
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
+    yololayer: str = HOST
     device_name: str = ""
     compute_capability: str = ""
 
@@ -149,8 +199,8 @@ class Backend(abc.ABC):
         """
 
     @abc.abstractmethod
-    def build(self, weights: Weights, options: BuildOptions) -> Plan:
-        """Build a plan. `options` has a precision and an image size.
+    def build(self, weights: Weights, options: CompleteOptions) -> Plan:
+        """Build a plan.
 
         Raises:
             BackendUnavailableError: if the library is not installed or its device is missing.
@@ -158,13 +208,26 @@ class Backend(abc.ABC):
         """
 
     @abc.abstractmethod
-    def open(self, engine: EngineFile, **settings: Any) -> Session:
+    def open(self, engine: EngineFile, *, threads: int | None = None) -> Session:
         """Open a session on an engine of this backend.
+
+        Args:
+            engine: An engine of this backend.
+            threads: Number of CPU threads that compute; None leaves it to the library. GPU backends have no use for it.
 
         Raises:
             BackendUnavailableError: if the library is not installed or its device is missing.
             EngineFileError: if the engine was made for another device or version.
         """
+
+
+def _check_image_size(size: Any) -> None:
+    """Raise InputError unless it is one whole number, or a pair, in the range of picture sizes."""
+    sides = size if isinstance(size, tuple | list) and len(size) == 2 else (size,)
+    if not all(type(side) is int and 1 <= side <= MAX_IMAGE_SIZE for side in sides):
+        raise InputError(
+            f"image size {size!r:.60}: choose a number of pixels, or height and width, from 1 to {MAX_IMAGE_SIZE}"
+        )
 
 
 BackendFactory = Callable[[], Backend]

@@ -5,18 +5,16 @@ from __future__ import annotations
 import datetime
 import hashlib
 import logging
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import yolotrt
-from yolotrt.engines.base import Backend, BackendTable, BuildOptions, Session
-from yolotrt.engines.file import EngineFile, EngineHeader
+from yolotrt.engines.base import HOST, Backend, BackendTable, BuildOptions, Session
+from yolotrt.engines.file import EngineFile, EngineHeader, require_engine_target
 from yolotrt.engines.onnx import OnnxRuntimeBackend
 from yolotrt.engines.tensorrt_rtx import TensorRtRtxBackend
 from yolotrt.errors import EngineFileError, InputError
-from yolotrt.preprocess import LETTERBOX_RULE
 from yolotrt.weights import Weights, load_weights
+from yolotrt.weights.infer import network_tensors
 
 _log = logging.getLogger(__name__)
 
@@ -53,30 +51,34 @@ def build_engine(
         BuildError: if the library fails.
         OutputError: if the file cannot be written.
     """
+    from yolotrt.preprocess import LETTERBOX_RULE
+
+    if path is not None:
+        require_engine_target(Path(path))
     if not isinstance(weights, Weights):
         weights = load_weights(weights)
     library = find_backend(backend)
-    options = _completed(options or BuildOptions(), weights, library)
+    complete = (options or BuildOptions()).completed(library.default_precision, weights.metadata.imgsz)
     version = library.version()
-    _log.info("building with %s %s: %s", library.name, version, options)
-    plan = library.build(weights, options)
-    assert options.precision is not None and options.imgsz is not None
+    _log.info("building with %s %s: %s", library.name, version, complete)
+    plan = library.build(weights, complete)
     header = EngineHeader(
         model=weights.metadata,
         backend=library.name,
         backend_version=version,
-        precision=options.precision,
-        imgsz=options.imgsz,
-        batch_range=(options.min_batch, options.opt_batch, options.max_batch),
+        precision=complete.precision,
+        imgsz=complete.imgsz,
+        batch_range=complete.batch_range,
         inputs=plan.inputs,
         outputs=plan.outputs,
         plan_sha256=hashlib.sha256(plan.data).hexdigest(),
         plan_size=len(plan.data),
         weights_sha256=_weights_checksum(weights),
+        yololayer=plan.yololayer,
         letterbox=LETTERBOX_RULE,
         device_name=plan.device_name,
         compute_capability=plan.compute_capability,
-        build_options=asdict(options),
+        build_options={"workspace_mib": complete.workspace_mib},
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         yolotrt_version=yolotrt.__version__,
     )
@@ -84,24 +86,37 @@ def build_engine(
     return engine if path is None else engine.save(path)
 
 
-def open_session(engine: EngineFile, **settings: Any) -> Session:
+def open_session(engine: EngineFile, *, threads: int | None = None) -> Session:
     """Open a session on an engine with the backend that it was built for.
 
     Args:
         engine: The engine.
-        settings: The backend's own, such as ``threads`` for ONNX Runtime.
+        threads: See `Backend.open`.
 
     Raises:
         EngineFileError: if this version does not know the backend, or the engine does not fit this machine.
         BackendUnavailableError: if the backend's library or device is missing.
     """
-    known = BACKENDS.get(engine.header.backend)
+    from yolotrt.preprocess import LETTERBOX_RULE
+
+    header = engine.header
+    known = BACKENDS.get(header.backend)
     if known is None:
         raise EngineFileError(
             f"engine {engine.label} is for the backend {engine.header.backend!r}, which this version does not know: "
             "update yolotrt or build it again with python -m yolotrt -s"
         )
-    return known().open(engine, **settings)
+    if header.yololayer != HOST or len(header.outputs) != len(header.model.strides) or header.model.task != "detect":
+        raise EngineFileError(
+            f"engine {engine.label} gives something else than the raw heads of a detector: update yolotrt or "
+            "build it again with python -m yolotrt -s"
+        )
+    if dict(header.letterbox) != LETTERBOX_RULE:
+        raise EngineFileError(
+            f"engine {engine.label} wants its pictures letterboxed by another rule ({dict(header.letterbox)}): "
+            "build it again with python -m yolotrt -s"
+        )
+    return known().open(engine, threads=threads)
 
 
 def find_backend(name: str) -> Backend:
@@ -117,19 +132,10 @@ def find_backend(name: str) -> Backend:
     return BACKENDS[name]()
 
 
-def _completed(options: BuildOptions, weights: Weights, backend: Backend) -> BuildOptions:
-    """`options` with the defaults of the model and the backend filled in."""
-    return replace(
-        options,
-        precision=options.precision or backend.default_precision,
-        imgsz=options.imgsz or weights.metadata.imgsz,
-    )
-
-
 def _weights_checksum(weights: Weights) -> str:
-    """SHA-256 over names and float32 values, independent of the file format."""
+    """SHA-256 over names and float32 values of what the network is built of, independent of the file format."""
     digest = hashlib.sha256()
-    for name in sorted(weights.tensors):
+    for name, tensor in sorted(network_tensors(weights.tensors).items()):
         digest.update(name.encode() + b"\0")
-        digest.update(weights.tensors[name].astype("<f4", copy=False).tobytes())
+        digest.update(tensor.astype("<f4", copy=False).tobytes())
     return digest.hexdigest()

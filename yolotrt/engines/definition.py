@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from yolotrt.engines.base import BuildOptions, Plan
+from yolotrt.engines.base import CompleteOptions, Plan
 from yolotrt.engines.file import TensorInfo
 from yolotrt.errors import BuildError
 from yolotrt.network.builder import INPUT_NAME, NetworkBuilder
@@ -20,7 +20,7 @@ MIB = 1 << 20
 def build_plan(
     trt: Any,
     weights: Weights,
-    options: BuildOptions,
+    options: CompleteOptions,
     *,
     logger: Any = None,
     explain: Callable[[], str] = str,
@@ -31,7 +31,7 @@ def build_plan(
     Args:
         trt: The library's module: `tensorrt_rtx`, `yolotrt.network.recorder`, ...
         weights: The model.
-        options: With precision and image size set.
+        options: How to build it.
         logger: The library's logger object.
         explain: Returns the library's last error message.
         configure: Called with the builder configuration before the build.
@@ -40,14 +40,12 @@ def build_plan(
         BuildError: if the library refuses to build.
         NetworkError, GraphError, WeightsError: if the model is wrong; see `NetworkBuilder.build`.
     """
-    if options.imgsz is None or options.precision is None:
-        raise ValueError("options need an image size and a precision")
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     network.name = "yolov5"
     compute_dtype = trt.float16 if options.precision == "fp16" else trt.float32
     definition = NetworkBuilder(network, trt, weights, compute_dtype=compute_dtype, explain=explain)
-    outputs = definition.build(-1 if options.is_dynamic else options.max_batch, *options.imgsz)
+    outputs = definition.build(-1 if options.is_dynamic else options.batch_range[2], *options.imgsz)
     config = builder.create_builder_config()
     _set_profile(builder, config, options)
     if options.workspace_mib is not None:
@@ -64,20 +62,21 @@ def build_plan(
     )
 
 
-def _set_profile(builder: Any, config: Any, options: BuildOptions) -> None:
+def _set_profile(builder: Any, config: Any, options: CompleteOptions) -> None:
     """Tell the library the range of a dynamic batch."""
-    if not options.is_dynamic or options.imgsz is None:
+    if not options.is_dynamic:
         return
     profile = builder.create_optimization_profile()
-    shapes = [(batch, 3, *options.imgsz) for batch in (options.min_batch, options.opt_batch, options.max_batch)]
-    profile.set_shape(INPUT_NAME, *shapes)
+    profile.set_shape(INPUT_NAME, *((batch, 3, *options.imgsz) for batch in options.batch_range))
     if config.add_optimization_profile(profile) < 0:
-        raise BuildError(f"the range of batch sizes {shapes[0][0]}, {shapes[1][0]}, {shapes[2][0]} was refused")
+        raise BuildError(f"the library refused the range of batch sizes {options.batch_range}")
 
 
 def _info(tensor: Any) -> TensorInfo:
     """Name, type and shape of a network's input or output."""
-    return TensorInfo(tensor.name, _DTYPE_NAMES[tensor.dtype.name], tuple(int(size) for size in tensor.shape))
+    dtype = tensor.dtype.name
+    return TensorInfo(tensor.name, _DTYPE_NAMES.get(dtype, dtype.lower()), tuple(int(size) for size in tensor.shape))
 
 
-_DTYPE_NAMES = {"FLOAT": "float32", "HALF": "float16", "INT8": "int8", "INT32": "int32", "INT64": "int64"}
+_DTYPE_NAMES = {"FLOAT": "float32", "HALF": "float16"}
+"""NumPy's names of the types that TensorRT calls otherwise."""

@@ -15,14 +15,16 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from yolotrt.errors import EngineFileError, WeightsError
+from yolotrt.errors import EngineFileError, OutputError, WeightsError
 from yolotrt.files import atomic_write, require_file
 from yolotrt.weights import Metadata
+from yolotrt.weights.model import MAX_IMAGE_SIZE
 
 FORMAT = "yolotrt-engine"
 FORMAT_VERSION = 1
 
 MAX_HEADER_BYTES = 64 * 1024 * 1024
+MAX_TENSOR_SIDE = 1 << 24
 _LENGTH = struct.Struct("<I")
 
 REBUILD = "build it again with python -m yolotrt -s"
@@ -110,7 +112,7 @@ class EngineHeader:
             "anchors": self.model.anchors,
             "strides": self.model.strides,
         }
-        return json.dumps({**values, "header_sha256": _header_checksum(values)}, ensure_ascii=False)
+        return json.dumps({**values, "header_sha256": _header_checksum(values)})
 
     @classmethod
     def from_json(cls, text: str, path: Path) -> EngineHeader:
@@ -136,9 +138,13 @@ class EngineHeader:
         if checksum != _header_checksum(values):
             raise EngineFileError(f"engine {path} has a damaged header: {REBUILD}")
         try:
-            return cls(**_typed(values, {item.name for item in fields(cls)}))
-        except (TypeError, ValueError, KeyError, AttributeError, WeightsError) as problem:
+            header = cls(**_typed(values, {item.name for item in fields(cls)}))
+        except (TypeError, ValueError, KeyError, OverflowError, WeightsError) as problem:
             raise EngineFileError(f"engine {path} has an unreadable header ({problem}): {REBUILD}") from problem
+        wrong = _first_wrong_field(header)
+        if wrong:
+            raise EngineFileError(f"engine {path} has an unreadable header (its {wrong} is impossible): {REBUILD}")
+        return header
 
 
 @dataclass(frozen=True)
@@ -164,9 +170,10 @@ class EngineFile:
         """Write the file atomically; returns the same engine with its new path.
 
         Raises:
-            OutputError: if `path` cannot be written.
+            OutputError: if `path` cannot be written, or is a file of another kind.
         """
         path = Path(path)
+        require_engine_target(path)
         text = self.header.to_json().encode()
         with atomic_write(path) as file:
             file.write(_LENGTH.pack(len(text)))
@@ -181,7 +188,7 @@ class EngineFile:
         Raises:
             EngineFileError: if it is missing, empty, a directory, not one of ours, truncated or damaged.
         """
-        path = require_file(Path(path).expanduser(), "engine", EngineFileError)
+        path = require_file(Path(path), "engine", EngineFileError)
         try:
             data = path.read_bytes()
         except OSError as problem:
@@ -195,6 +202,19 @@ class EngineFile:
         if hashlib.sha256(plan).hexdigest() != header.plan_sha256:
             raise EngineFileError(f"engine {path} is damaged (its checksum differs): copy it again or {REBUILD}")
         return cls(header, plan, path)
+
+
+def require_engine_target(path: Path) -> None:
+    """Refuse to replace anything but an engine, such as the checkpoint that the engine is made of.
+
+    Raises:
+        OutputError: if `path` is an existing file that is no engine file.
+    """
+    try:
+        if path.is_file() and path.stat().st_size > 0 and not is_engine_file(path):
+            raise OutputError(f"cannot write the engine {path}: a file of another kind is there: choose another name")
+    except OSError as problem:
+        raise OutputError(f"cannot write the engine {path}: {problem.strerror}: choose another name") from problem
 
 
 def is_engine_file(path: Path) -> bool:
@@ -232,7 +252,7 @@ def _what_instead(data: bytes) -> str:
 def _parse_object(text: str, path: Path) -> dict[str, Any]:
     try:
         values = json.loads(text)
-    except (ValueError, RecursionError) as problem:
+    except (ValueError, RecursionError) as problem:  # not JSON, or nested without end
         raise EngineFileError(f"engine {path} has a damaged header: {REBUILD}") from problem
     if not isinstance(values, dict):
         raise EngineFileError(f"engine {path} has a damaged header: {REBUILD}")
@@ -243,11 +263,40 @@ def _typed(values: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
     """JSON values as the constructor's types."""
     typed = {key: value for key, value in values.items() if key in known}
     typed["model"] = Metadata.from_json(json.dumps(values["model"]))
-    typed["imgsz"] = tuple(int(size) for size in values["imgsz"])
-    typed["batch_range"] = tuple(int(size) for size in values["batch_range"])
+    height, width = values["imgsz"]
+    low, usual, high = values["batch_range"]
+    typed.update(imgsz=(height, width), batch_range=(low, usual, high))
     for key in ("inputs", "outputs"):
         typed[key] = tuple(TensorInfo(t["name"], t["dtype"], tuple(t["shape"])) for t in values[key])
     return typed
+
+
+def _first_wrong_field(header: EngineHeader) -> str:
+    """Name of the first field whose value no engine has, or an empty string."""
+    for item in fields(header):
+        if item.type == "str" and not isinstance(getattr(header, item.name), str):
+            return item.name
+    low, usual, high = header.batch_range
+    right = {
+        "imgsz": all(type(side) is int and 1 <= side <= MAX_IMAGE_SIZE for side in header.imgsz),
+        "batch_range": all(type(size) is int for size in header.batch_range) and 1 <= low <= usual <= high,
+        "inputs": len(header.inputs) > 0 and all(map(_is_possible, header.inputs)),
+        "outputs": len(header.outputs) > 0 and all(map(_is_possible, header.outputs)),
+    }
+    return next((name for name, is_right in right.items() if not is_right), "")
+
+
+def _is_possible(tensor: TensorInfo) -> bool:
+    """Whether types are right and sizes positive, but for a dynamic batch."""
+    sizes = tensor.shape
+    return (
+        isinstance(tensor.name, str)
+        and isinstance(tensor.dtype, str)
+        and len(sizes) > 0
+        and all(type(size) is int for size in sizes)
+        and (sizes[0] == -1 or sizes[0] > 0)
+        and all(0 < size <= MAX_TENSOR_SIDE for size in sizes[1:])
+    )
 
 
 def _header_checksum(values: Mapping[str, Any]) -> str:

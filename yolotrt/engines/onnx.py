@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from yolotrt.engines.base import Backend, BuildOptions, Plan, Session
+from yolotrt.engines.base import Backend, CompleteOptions, Plan, Session
 from yolotrt.engines.definition import build_plan
 from yolotrt.engines.file import REBUILD, EngineFile
-from yolotrt.errors import BackendUnavailableError, EngineFileError
+from yolotrt.errors import BackendUnavailableError, BuildError, EngineFileError, InferenceError, InputError
 from yolotrt.network import recorder
 from yolotrt.weights import Weights
 
@@ -28,19 +28,17 @@ class OnnxRuntimeBackend(Backend):
         """Version of ONNX Runtime."""
         return str(_onnxruntime().__version__)
 
-    def build(self, weights: Weights, options: BuildOptions) -> Plan:
+    def build(self, weights: Weights, options: CompleteOptions) -> Plan:
         """Write the network as an ONNX model and check that ONNX Runtime loads it."""
         plan = build_plan(recorder, weights, options)
-        _inference_session(plan.data, threads=1)
+        try:
+            _inference_session(plan.data, threads=1)
+        except _library_errors() as problem:
+            raise BuildError(f"ONNX Runtime refuses the network ({_first_line(problem)}): report this") from problem
         return plan
 
-    def open(self, engine: EngineFile, *, threads: int | None = None, **_: Any) -> Session:
-        """Open a session.
-
-        Args:
-            engine: An engine of this backend.
-            threads: Number of CPU threads; None leaves it to ONNX Runtime (one a physical core).
-        """
+    def open(self, engine: EngineFile, *, threads: int | None = None) -> Session:
+        """Open a session; by default ONNX Runtime takes one thread a physical core."""
         return OnnxRuntimeSession(engine, threads=threads)
 
 
@@ -51,14 +49,15 @@ class OnnxRuntimeSession(Session):
         """Load the model. See `OnnxRuntimeBackend.open`.
 
         Raises:
+            InputError: if the number of threads is below 1.
             EngineFileError: if ONNX Runtime cannot load it.
         """
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise InputError(f"threads {threads!r}: choose a whole number of at least 1")
         self.header = engine.header
         try:
             self._session: Any = _inference_session(engine.plan, threads)
-        except BackendUnavailableError:
-            raise
-        except Exception as problem:  # ONNX Runtime has a class of its own for each kind of failure
+        except _library_errors() as problem:
             raise EngineFileError(
                 f"engine {engine.label} cannot be loaded by ONNX Runtime ({_first_line(problem)}): {REBUILD}"
             ) from problem
@@ -66,6 +65,8 @@ class OnnxRuntimeSession(Session):
 
     def run(self, images: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float32]]:
         """See `Session.run`."""
+        if self._session is None:
+            raise InputError("the session is closed: open a new one")
         self.check_input(images)
         images = np.ascontiguousarray(images)
         binding = self._session.io_binding()
@@ -74,7 +75,10 @@ class OnnxRuntimeSession(Session):
         heads = [output[: images.shape[0]] for output in self._outputs]
         for info, head in zip(self.header.outputs, heads, strict=True):
             _bind(binding.bind_output, info.name, head)
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except _library_errors() as problem:
+            raise InferenceError(f"ONNX Runtime failed ({_first_line(problem)}): try a smaller batch") from problem
         return heads
 
     def close(self) -> None:
@@ -97,6 +101,13 @@ def _onnxruntime() -> Any:
             f'ONNX Runtime is not installed ({problem}): run pip install "yolotrtx[cpu]"'
         ) from problem
     return onnxruntime
+
+
+def _library_errors() -> tuple[type[Exception], ...]:
+    """The classes that ONNX Runtime raises, one for each kind of failure, all derived from Exception alone."""
+    state = _onnxruntime().capi.onnxruntime_pybind11_state
+    own = (value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
+    return (*own, RuntimeError, ValueError)
 
 
 def _inference_session(model: bytes, threads: int | None) -> Any:

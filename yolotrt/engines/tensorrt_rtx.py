@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
-from yolotrt.engines.base import Backend, BuildOptions, Plan, Session
+from yolotrt.engines.base import Backend, CompleteOptions, Plan, Session
 from yolotrt.engines.definition import build_plan
 from yolotrt.engines.file import EngineFile
 from yolotrt.errors import BackendUnavailableError
@@ -27,10 +28,11 @@ class TensorRtRtxBackend(Backend):
         """Version of TensorRT-RTX."""
         return str(_tensorrt_rtx().__version__)
 
-    def build(self, weights: Weights, options: BuildOptions) -> Plan:
+    def build(self, weights: Weights, options: CompleteOptions) -> Plan:
         """Build a plan; fp32 is true fp32, without TF32."""
         trt = _tensorrt_rtx()
-        logger = make_logger(trt)
+        logger = shared_logger(trt)
+        logger.errors.clear()
 
         def configure(config: Any) -> None:
             if options.precision == "fp32":
@@ -40,7 +42,7 @@ class TensorRtRtxBackend(Backend):
             trt, weights, options, logger=logger, explain=lambda: str(logger.last_error), configure=configure
         )
 
-    def open(self, engine: EngineFile, **_: Any) -> Session:
+    def open(self, engine: EngineFile, *, threads: int | None = None) -> Session:  # noqa: ARG002
         """Running these plans is not possible in this version."""
         raise BackendUnavailableError(
             f"engine {engine.label} is a TensorRT-RTX plan, which this version builds but cannot run: "
@@ -59,8 +61,14 @@ def _tensorrt_rtx() -> Any:
     return tensorrt_rtx
 
 
+@functools.cache
+def shared_logger(trt: Any) -> Any:
+    """The one logger of a library in this process: TensorRT complains about a second one."""
+    return make_logger(trt)
+
+
 def make_logger(trt: Any) -> Any:
-    """A logger of the library that passes its messages to `logging` and remembers the last error.
+    """A logger of the library that passes its messages to `logging` and remembers errors.
 
     Args:
         trt: The module `tensorrt` or `tensorrt_rtx`.

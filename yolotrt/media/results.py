@@ -117,9 +117,18 @@ class ImageSink:
             if _is_same_file(target, path):
                 raise OutputError(f"cannot write {target}: it is the source picture: choose another output folder")
             write_image(target, draw(image, detections))
-        if self._save_txt and len(detections):
-            text = yolo_txt(detections, with_confidence=self._with_confidence)
-            atomic_write_text(self.folder / LABELS_FOLDER / f"{name}.txt", text)
+        if self._save_txt:
+            self._write_labels(self.folder / LABELS_FOLDER / f"{name}.txt", detections)
+
+    def _write_labels(self, target: Path, detections: Detections) -> None:
+        """Write a label file, or remove that of an earlier run if nothing was found this time."""
+        if len(detections):
+            atomic_write_text(target, yolo_txt(detections, with_confidence=self._with_confidence))
+            return
+        try:
+            target.unlink(missing_ok=True)
+        except OSError as problem:
+            raise OutputError(f"cannot remove the old labels {target}: {problem.strerror or problem}") from problem
 
     def _free_name(self, stem: str) -> str:
         """The stem, with a number if it was used before; upper and lower case are one name on some file systems."""

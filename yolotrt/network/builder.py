@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from yolotrt.errors import GraphError, WeightsError, YolotrtError
+from yolotrt.errors import GraphError, NetworkError, WeightsError, YolotrtError
 from yolotrt.network.blocks import BLOCKS, Block
 from yolotrt.network.graph import INPUT, Layer, ModelGraph
 from yolotrt.network.ops import Ops, Tensor
@@ -83,18 +83,22 @@ class NetworkBuilder:
             NetworkError: if the library refuses a layer.
         """
         self._check_image_size(height, width)
-        tensors: dict[int, Tensor] = {
-            INPUT: self._ops.input(INPUT_NAME, (batch, self.graph.input_channels, height, width))
-        }
+        image = self._ops.input(INPUT_NAME, (batch, self.graph.input_channels, height, width))
+        heads = self._add_layers(image)
+        self._check_head_sizes(heads, height, width)
+        self._check_no_tensor_is_left()
+        return {name: self._ops.output(tensor, name) for name, tensor in heads.items()}
+
+    def _add_layers(self, image: Tensor) -> dict[str, Tensor]:
+        """Add all layers of the yaml; returns what the head gives."""
+        tensors: dict[int, Any] = {INPUT: image}
         for layer in self.graph.layers:
             tensors[layer.index] = self._add(layer, tensors)
             self._summarise(layer, tensors[layer.index])
         heads = tensors[self.graph.head.index]
         if not isinstance(heads, dict):
             raise GraphError(f"{self.graph.head} ends the network but is no head: expected Detect")
-        self._check_head_sizes(heads, height, width)
-        self._check_no_tensor_is_left()
-        return {name: self._ops.output(tensor, name) for name, tensor in heads.items()}
+        return heads
 
     def _add(self, layer: Layer, tensors: Mapping[int, Tensor]) -> Any:
         """Add one row of the yaml."""
@@ -112,8 +116,10 @@ class NetworkBuilder:
             return self._call(layer, known, inputs if known.takes_list else inputs[0])
         except YolotrtError as error:
             raise type(error)(f"{layer}: {error}") from error
-        except (TypeError, ValueError, ArithmeticError, AttributeError) as problem:
+        except (TypeError, ValueError, ArithmeticError) as problem:
             raise GraphError(f"{layer} cannot take the arguments {layer.args!r:.120} ({problem})") from problem
+        except (AttributeError, RuntimeError) as problem:
+            raise NetworkError(f"{layer}: the library failed ({problem}): report this with its version") from problem
 
     def _call(self, layer: Layer, known: Block, x: Any) -> Any:
         """Call the block's function with the yaml's arguments, as YOLOv5's parse_model passes them."""
@@ -144,7 +150,9 @@ class NetworkBuilder:
 
     def _check_head_sizes(self, heads: Mapping[str, Tensor], height: int, width: int) -> None:
         """The strides in the metadata must be those of the graph, or all boxes would be wrong."""
-        for (name, tensor), stride in zip(heads.items(), self.graph.strides, strict=True):
+        for level, stride in enumerate(self.graph.strides):
+            name = f"head{level}"
+            tensor = heads[name]
             expected = (height // stride, width // stride)
             if tuple(tensor.shape[2:]) != expected:
                 raise GraphError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -66,8 +67,8 @@ def write_onnx(network: rec.Network) -> bytes:
         import onnx
     except ImportError as problem:
         raise BackendUnavailableError('the package onnx is not installed: run pip install "yolotrtx[cpu]"') from problem
-    writer = _Writer(onnx)
-    for layer in network.layers:
+    writer = _Writer(onnx, {tensor.name for tensor in (*network.inputs, *(layer.output for layer in network.layers))})
+    for layer in network.sorted_layers():
         writer.add(layer)
     graph = onnx.helper.make_graph(
         writer.nodes,
@@ -88,11 +89,11 @@ def write_onnx(network: rec.Network) -> bytes:
 class _Writer:
     """Collects the nodes and initializers of an ONNX graph."""
 
-    def __init__(self, onnx: Any) -> None:
+    def __init__(self, onnx: Any, names: set[str]) -> None:
         self._onnx = onnx
+        self._names = names
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
-        self._constants = 0
 
     def add(self, layer: rec.Layer) -> None:
         """Append the node or nodes of `layer`."""
@@ -117,15 +118,17 @@ class _Writer:
         *,
         output: str = "",
     ) -> str:
-        """Append a node whose output is the layer's unless named otherwise; returns the name of its output."""
-        output = output or layer.output.name
+        """Append a node whose output is the layer's, or a new one if it is named; returns the output's name."""
+        output = self._new_name(output) if output else layer.output.name
         self.nodes.append(self._onnx.helper.make_node(operator, inputs, [output], name=output, **(attributes or {})))
         return output
 
-    def constant(self, array: npt.NDArray[Any], name: str = "") -> str:
-        """Append an initializer; returns its name."""
-        self._constants += 1
-        name = name or f"constant_{self._constants}"
+    def constant(self, array: npt.NDArray[Any], name: str = "constant") -> str:
+        """Append an initializer with a new name like `name`; returns it."""
+        return self.initializer(array, self._new_name(name))
+
+    def initializer(self, array: npt.NDArray[Any], name: str) -> str:
+        """Append an initializer called `name`."""
         self.initializers.append(
             self._onnx.numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
         )
@@ -135,13 +138,20 @@ class _Writer:
         """Append an initializer of int64 values."""
         return self.constant(np.array(values, np.int64))
 
+    def _new_name(self, wish: str) -> str:
+        """`wish`, with a number if another tensor has that name."""
+        numbered = (f"{wish}_{number}" for number in itertools.count(1))
+        name = next(name for name in itertools.chain([wish], numbered) if name not in self._names)
+        self._names.add(name)
+        return name
+
 
 def _inputs(layer: rec.Layer) -> list[str]:
     return [tensor.name for tensor in layer.inputs]
 
 
 def _constant(writer: _Writer, layer: rec.ConstantLayer) -> None:
-    writer.constant(layer.weights.array.reshape(layer.shape), layer.output.name)
+    writer.initializer(layer.weights.array.reshape(layer.shape), layer.output.name)
 
 
 def _convolution(writer: _Writer, layer: rec.ConvolutionLayer) -> None:
@@ -167,7 +177,9 @@ def _convolution(writer: _Writer, layer: rec.ConvolutionLayer) -> None:
 def _activation(writer: _Writer, layer: rec.ActivationLayer) -> None:
     operator = _ACTIVATIONS[layer.type]
     if operator == "Clip":
-        limits = [writer.constant(np.array(v, layer.output.dtype.value)) for v in (layer.alpha, layer.beta)]
+        dtype = np.dtype(layer.output.dtype.value)
+        largest = float(np.finfo(dtype).max)
+        limits = [writer.constant(np.array(max(-largest, min(v, largest)), dtype)) for v in (layer.alpha, layer.beta)]
         writer.node(operator, [*_inputs(layer), *limits], layer)
         return
     if operator == "Softplus" and (layer.alpha, layer.beta) != (1.0, 1.0):
@@ -234,7 +246,7 @@ def _shuffle(writer: _Writer, layer: rec.ShuffleLayer) -> None:
     for index, (operator, attributes) in enumerate(steps or [("Identity", {})]):
         last = index == max(len(steps) - 1, 0)
         inputs = [value, writer.integers(tuple(layer.reshape_dims or ()))] if operator == "Reshape" else [value]
-        output = layer.output.name if last else f"{layer.output.name}.{index}"
+        output = "" if last else f"{layer.output.name}.{index}"
         value = writer.node(operator, inputs, layer, attributes, output=output)
 
 
@@ -270,17 +282,22 @@ def _quantize(writer: _Writer, layer: rec.QuantizeLayer) -> None:
     x, scale = layer.inputs
     zero_point = writer.constant(np.zeros(scale.shape, np.int8))
     axis = {"axis": layer.axis} if scale.shape else {}
-    operator = "DequantizeLinear" if layer.dequantize else "QuantizeLinear"
-    real = layer.to_type if layer.dequantize else x.dtype
-    between = f"{layer.output.name}.float32"
-    if real == rec.float32:
-        writer.node(operator, [x.name, scale.name, zero_point], layer, axis)
-    elif layer.dequantize:  # opset 17 quantizes float32 only
-        writer.node(operator, [x.name, scale.name, zero_point], layer, axis, output=between)
-        writer.node("Cast", [between], layer, {"to": writer.element_type(real)})
+    step = _cast_to_float32(writer, layer, scale)
+    if not layer.dequantize:
+        writer.node("QuantizeLinear", [_cast_to_float32(writer, layer, x), step, zero_point], layer, axis)
+    elif layer.to_type == rec.float32:
+        writer.node("DequantizeLinear", [x.name, step, zero_point], layer, axis)
     else:
-        writer.node("Cast", [x.name], layer, {"to": writer.element_type(rec.float32)}, output=between)
-        writer.node(operator, [between, scale.name, zero_point], layer, axis)
+        real = writer.node("DequantizeLinear", [x.name, step, zero_point], layer, axis, output=f"{x.name}.float32")
+        writer.node("Cast", [real], layer, {"to": writer.element_type(layer.to_type)})
+
+
+def _cast_to_float32(writer: _Writer, layer: rec.Layer, tensor: rec.Tensor) -> str:
+    """The name of `tensor` in float32, the only type that opset 17 quantizes."""
+    if tensor.dtype == rec.float32:
+        return tensor.name
+    attributes = {"to": writer.element_type(rec.float32)}
+    return writer.node("Cast", [tensor.name], layer, attributes, output=f"{tensor.name}.float32")
 
 
 _EMITTERS: dict[type[rec.Layer], Callable[[_Writer, Any], None]] = {

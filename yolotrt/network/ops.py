@@ -181,6 +181,10 @@ class Ops:
 
     def _constant(self, array: npt.NDArray[np.float32], name: str) -> Any:
         """`array` as the library's `Weights` in the compute type, kept alive."""
+        if not np.isfinite(array).all():
+            raise WeightsError(
+                f"{name} has weights that are NaN or infinite: training diverged: use another checkpoint"
+            )
         if self._numpy_dtype == np.float16 and array.size and float(np.abs(array).max()) > FLOAT16_MAX:
             raise WeightsError(f"{name} has weights beyond the range of fp16: build with --precision fp32")
         kept = np.ascontiguousarray(array, self._numpy_dtype)

@@ -9,8 +9,10 @@ faulty call (`yolotrt.errors.NetworkError`), since there is no logger to look at
 from __future__ import annotations
 
 import enum
+import graphlib
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -84,8 +86,11 @@ class Weights:
     def __init__(self, array: npt.NDArray[Any] | DataType = float32) -> None:
         if isinstance(array, DataType):
             array = np.zeros(0, array.value)
+            self.is_absent = True
         elif not isinstance(array, np.ndarray):
-            raise TypeError(f"Weights takes a NumPy array, not {type(array).__name__}")
+            raise NetworkError(f"weights must be a NumPy array, not {type(array).__name__}")
+        else:
+            self.is_absent = False
         if not array.flags.c_contiguous:
             raise NetworkError("weights must be contiguous: pass numpy.ascontiguousarray(...)")
         self.array = array
@@ -107,11 +112,18 @@ class Tensor:
         self._dtype = dtype
         self.is_network_input = source is None
         self.is_network_output = False
+        self.consumers: list[Layer] = []
 
     @property
     def shape(self) -> Shape:
         """Dimensions; -1 for dynamic ones. Raises NetworkError if the layer is wrong."""
         return self._shape if self.source is None else self.source.inferred()[0]
+
+    def set_shape(self, shape: Shape) -> None:
+        """Give a network input other dimensions."""
+        self._shape = shape
+        for layer in self.consumers:
+            layer.forget()
 
     @property
     def dtype(self) -> DataType:
@@ -122,23 +134,26 @@ class Tensor:
 class Layer:
     """A layer (TensorRT's ILayer): its inputs and attributes, and the rule for its output.
 
-    Attributes are checked when the output's shape or type is first asked for, since they may be set after the layer
-    was added; setting one later checks anew.
+    Attributes are checked when the output's shape or type is first asked for, since they are set after the layer was
+    added; setting one later checks anew.
     """
 
     kind = ""
+    _is_added = False
+    _cached: tuple[Shape, DataType] | None = None
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
-        self._cached: tuple[Shape, DataType] | None = None
         self.name = f"(Unnamed Layer) [{self.kind}]"
         self.inputs = list(inputs)
         self.output = Tensor("", self)
         self.metadata = ""
 
     def __setattr__(self, key: str, value: Any) -> None:
+        if self._is_added and not hasattr(self, key):
+            raise self.error(f"has no attribute {key}")
         object.__setattr__(self, key, value)
         if key != "_cached":
-            object.__setattr__(self, "_cached", None)
+            self.forget()
 
     @property
     def num_inputs(self) -> int:
@@ -155,10 +170,35 @@ class Layer:
 
     def set_input(self, index: int, tensor: Tensor) -> None:
         """Replace input `index`, or append one."""
-        if index > len(self.inputs):
-            raise self.error(f"has no input {index}")
+        self.require(index <= len(self.inputs), f"has no input {index}")
+        self.require(tensor.source is None or not tensor.source.depends_on(self), "it would read its own output")
         self.inputs[index:] = [tensor, *self.inputs[index + 1 :]]
-        self._cached = None
+        tensor.consumers.append(self)
+        self.forget()
+
+    def sources(self) -> list[Layer]:
+        """The layers that it reads."""
+        return [tensor.source for tensor in self.inputs if tensor.source is not None]
+
+    def depends_on(self, other: Layer) -> bool:
+        """Whether it is `other` or reads it, be it through further layers."""
+        seen: set[Layer] = set()
+        layers = [self]
+        while layers:
+            layer = layers.pop()
+            if layer not in seen:
+                seen.add(layer)
+                layers.extend(layer.sources())
+        return other in seen
+
+    def forget(self) -> None:
+        """Check this layer and those that depend on it anew when their shape or type is asked for next."""
+        layers = [self]
+        while layers:
+            layer = layers.pop()
+            if layer._cached is not None:  # else no dependent layer is cached either
+                layer._cached = None
+                layers.extend(layer.output.consumers)
 
     def inferred(self) -> tuple[Shape, DataType]:
         """Shape and type of the output, by this layer's rule."""
@@ -179,6 +219,14 @@ class Layer:
         """Raise `error(problem)` unless the condition holds."""
         if not condition:
             raise self.error(problem)
+
+    def broadcast(self, a: Sequence[int], b: Sequence[int], problem: str) -> Shape:
+        """The common shape of two that agree or are 1 in each dimension; raises `error(problem)` if they do not."""
+        self.require(
+            len(a) == len(b) and all(m == n or 1 in (m, n) or DYNAMIC in (m, n) for m, n in zip(a, b, strict=True)),
+            problem,
+        )
+        return tuple(m if n == 1 else n if m == 1 else max(m, n) for m, n in zip(a, b, strict=True))
 
     def require_pair(self, name: str, low: int) -> tuple[int, int]:
         """The attribute `name`, which must be two whole numbers of at least `low`."""
@@ -205,7 +253,10 @@ class ConstantLayer(Layer):
 
     def infer(self) -> tuple[Sequence[int], DataType]:
         """The given shape, which must have as many elements as the weights."""
-        self.require(all(size >= 0 for size in self.shape), f"shape {self.shape} has a negative dimension")
+        self.require(
+            len(self.shape) <= MAX_RANK and all(size >= 1 for size in self.shape),
+            f"shape {self.shape} is not of at most {MAX_RANK} positive sizes",
+        )
         self.require(
             math.prod(self.shape) == self.weights.size,
             f"{self.weights.size} values for a constant of shape {self.shape}",
@@ -249,6 +300,7 @@ class ConvolutionLayer(Layer):
         """Check channels, groups, kernel, bias and types; return (batch, out, height, width)."""
         x = self.inputs[0]
         self.require(len(x.shape) == 4, f"the input has {len(x.shape)} dimensions: expected 4")
+        self.require(x.shape[1] != DYNAMIC, "the input's channels are dynamic: their number must be known")
         self.require(x.dtype in _FLOATS, f"the input is {x.dtype.name}: expected FLOAT or HALF")
         self.require(self.num_output_maps >= 1, f"{self.num_output_maps} output channels")
         kernel_size = self.require_pair("kernel_size_nd", 1)
@@ -282,12 +334,24 @@ class ConvolutionLayer(Layer):
                 f"kernel has {self.kernel.size} values: {math.prod(shape)} are needed for shape {shape}",
             )
             self.require(self.kernel.dtype == dtype, f"kernel is {self.kernel.dtype.name}, the input {dtype.name}")
-        if self.bias is not None and self.bias.size:
+        if self.bias is not None and not self.bias.is_absent:
             self.require(
                 self.bias.size == self.num_output_maps,
                 f"bias has {self.bias.size} values for {self.num_output_maps} output channels",
             )
             self.require(self.bias.dtype == dtype, f"bias is {self.bias.dtype.name}, the input {dtype.name}")
+
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+_ACTIVATION_DEFAULTS = {
+    ActivationType.LEAKY_RELU: (0.01, 0.0),
+    ActivationType.ELU: (1.0, 0.0),
+    ActivationType.SOFTPLUS: (1.0, 1.0),
+    ActivationType.HARD_SIGMOID: (0.2, 0.5),
+    ActivationType.CLIP: (-_FLOAT32_MAX, _FLOAT32_MAX),
+}
+"""TensorRT's alpha and beta where none are set."""
 
 
 class ActivationLayer(Layer):
@@ -298,8 +362,7 @@ class ActivationLayer(Layer):
     def __init__(self, x: Tensor, function: Any) -> None:
         super().__init__([x])
         self.type = function
-        self.alpha = 0.0
-        self.beta = 0.0
+        self.alpha, self.beta = _ACTIVATION_DEFAULTS.get(function, (0.0, 0.0))
 
     def infer(self) -> tuple[Sequence[int], DataType]:
         """Shape and type of the input."""
@@ -322,13 +385,7 @@ class ElementWiseLayer(Layer):
         a, b = self.inputs
         self.require(a.dtype == b.dtype, f"the inputs are {a.dtype.name} and {b.dtype.name}: cast one")
         self.require(a.dtype != int8, "the inputs are INT8: dequantize them")
-        self.require(len(a.shape) == len(b.shape), f"the inputs have shapes {a.shape} and {b.shape}")
-        return self._broadcast(a.shape, b.shape), a.dtype
-
-    def _broadcast(self, a: Shape, b: Shape) -> Shape:
-        for m, n in zip(a, b, strict=True):
-            self.require(m == n or 1 in (m, n) or DYNAMIC in (m, n), f"the inputs have shapes {a} and {b}")
-        return tuple(n if m == 1 else m for m, n in zip(a, b, strict=True))
+        return self.broadcast(a.shape, b.shape, f"the inputs have shapes {a.shape} and {b.shape}"), a.dtype
 
 
 class PoolingLayer(Layer):
@@ -340,13 +397,15 @@ class PoolingLayer(Layer):
         super().__init__([x])
         self.type = pooling
         self.window_size_nd = tuple(window)
-        self.stride_nd: Sequence[int] = tuple(window)
+        self.stride_nd: Sequence[int] = (1, 1)
         self.padding_nd: Sequence[int] = (0, 0)
         self.average_count_excludes_padding = True
 
     def infer(self) -> tuple[Sequence[int], DataType]:
         """(batch, channels, height, width) of the pooled input."""
         x = self.inputs[0]
+        known = (*_FLOATS, int8) if self.type == PoolingType.MAX else _FLOATS
+        self.require(x.dtype in known, f"the input is {x.dtype.name}: expected {' or '.join(t.name for t in known)}")
         self.require(len(x.shape) == 4, f"the input has {len(x.shape)} dimensions: expected 4")
         window, stride = self.require_pair("window_size_nd", 1), self.require_pair("stride_nd", 1)
         padding = self.require_pair("padding_nd", 0)
@@ -369,7 +428,7 @@ class ConcatenationLayer(Layer):
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__(inputs)
-        self.axis = 1
+        self.axis = max(len(inputs[0].shape) - 3, 0)  # TensorRT's default: the channels
 
     def infer(self) -> tuple[Sequence[int], DataType]:
         """The inputs' shape with their sizes along the axis summed."""
@@ -383,9 +442,10 @@ class ConcatenationLayer(Layer):
                 for axis, (m, n) in enumerate(zip(first.shape, other.shape, strict=True))
             )
             self.require(agree, f"shapes {first.shape} and {other.shape} differ besides axis {self.axis}")
+        shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in self.inputs), strict=True)]
         sizes = [tensor.shape[self.axis] for tensor in self.inputs]
-        total = DYNAMIC if DYNAMIC in sizes else sum(sizes)
-        return (*first.shape[: self.axis], total, *first.shape[self.axis + 1 :]), first.dtype
+        shape[self.axis] = DYNAMIC if DYNAMIC in sizes else sum(sizes)
+        return shape, first.dtype
 
 
 class ResizeLayer(Layer):
@@ -403,11 +463,19 @@ class ResizeLayer(Layer):
     def infer(self) -> tuple[Sequence[int], DataType]:
         """Each size times its scale, rounded down."""
         x, scales = self.inputs[0], tuple(self.scales)
-        self.require(len(scales) == len(x.shape), f"{len(scales)} scales for {len(x.shape)} dimensions")
+        is_nearest = self.resize_mode == InterpolationMode.NEAREST
+        known = (*_FLOATS, int8) if is_nearest else _FLOATS
+        self.require(x.dtype in known, f"the input is {x.dtype.name}: expected {' or '.join(t.name for t in known)}")
+        self.require(
+            len(scales) == len(x.shape) and bool(scales), f"{len(scales)} scales for {len(x.shape)} dimensions"
+        )
         self.require(all(scale > 0 for scale in scales), f"scales {scales}: expected positive numbers")
-        pairs = list(zip(x.shape, scales, strict=True))
-        self.require(all(scale == 1 for size, scale in pairs if size == DYNAMIC), "a dynamic dimension is scaled")
-        return [size if size == DYNAMIC else math.floor(size * scale) for size, scale in pairs], x.dtype
+        self.require(
+            is_nearest or all(scale == 1 for scale in scales[:-2]), f"scales {scales}: linear takes the last two"
+        )
+        sizes = [size if size == DYNAMIC else math.floor(size * s) for size, s in zip(x.shape, scales, strict=True)]
+        self.require(0 not in sizes, f"scales {scales} leave nothing of shape {x.shape}")
+        return sizes, x.dtype
 
 
 class SliceLayer(Layer):
@@ -425,10 +493,10 @@ class SliceLayer(Layer):
         lengths = {len(self.start), len(self.shape), len(self.stride)}
         self.require(lengths == {len(x.shape)}, f"start, shape and stride must have {len(x.shape)} values")
         for size, start, count, stride in zip(x.shape, self.start, self.shape, self.stride, strict=True):
-            self.require(size != DYNAMIC, "a dynamic dimension cannot be sliced by constants")
             last = start + (count - 1) * stride
+            end = math.inf if size == DYNAMIC else size  # checked with the profile's sizes before the build
             self.require(
-                count >= 1 and stride != 0 and 0 <= start < size and 0 <= last < size,
+                count >= 1 and stride != 0 and 0 <= start < end and 0 <= last < end,
                 f"{count} elements from {start} in steps of {stride} leave a dimension of {size}",
             )
         return self.shape, x.dtype
@@ -464,32 +532,21 @@ class ShuffleLayer(Layer):
             return shape
         wanted = tuple(self.reshape_dims)
         problem = f"shape {shape} cannot be reshaped to {wanted}"
-        self.require(all(size >= DYNAMIC for size in wanted) and wanted.count(DYNAMIC) <= 1, problem)
+        self.require(
+            len(wanted) <= MAX_RANK and all(size >= DYNAMIC for size in wanted) and wanted.count(DYNAMIC) <= 1, problem
+        )
         self.require(all(size != 0 or axis < len(shape) for axis, size in enumerate(wanted)), problem)
-        copied = [shape[axis] if size == 0 else size for axis, size in enumerate(wanted)]
-        if DYNAMIC in shape:
-            return self._reshaped_dynamic(shape, wanted, copied, problem)
-        known = math.prod(size for size in copied if size != DYNAMIC)
-        if DYNAMIC in copied:
-            self.require(known > 0 and math.prod(shape) % known == 0, problem)
-            return tuple(math.prod(shape) // known if size == DYNAMIC else size for size in copied)
-        self.require(known == math.prod(shape), problem)
-        return tuple(copied)
-
-    def _reshaped_dynamic(self, shape: Shape, wanted: Shape, copied: list[int], problem: str) -> Shape:
-        """With a dynamic dimension that is copied, a -1 can still be inferred from the others."""
-        axis = shape.index(DYNAMIC)
-        if axis >= len(wanted) or wanted[axis] != 0:
+        # What is left of the input after the copied dimensions must fill the given ones and the inferred one.
+        left = [size for axis, size in enumerate(shape) if axis >= len(wanted) or wanted[axis] != 0]
+        given = math.prod(size for size in wanted if size > 0)
+        if DYNAMIC in left:
             self.require(DYNAMIC in wanted, problem)
-            return tuple(copied)
-        others = [size for index, size in enumerate(copied) if index != axis]
-        volume, known = -math.prod(shape), math.prod(size for size in others if size != DYNAMIC)
-        if DYNAMIC not in others:
-            self.require(known == volume, problem)
-            return tuple(copied)
-        self.require(known > 0 and volume % known == 0, problem)
+            inferred = DYNAMIC
+        else:
+            inferred, rest = divmod(math.prod(left), given)
+            self.require(rest == 0 and (DYNAMIC in wanted or inferred == 1), problem)
         return tuple(
-            volume // known if size == DYNAMIC and index != axis else size for index, size in enumerate(copied)
+            shape[axis] if size == 0 else inferred if size == DYNAMIC else size for axis, size in enumerate(wanted)
         )
 
 
@@ -511,8 +568,12 @@ class ReduceLayer(Layer):
         x = self.inputs[0]
         axes = self.axis_list()
         self.require(
-            bool(axes) and self.axes < 1 << len(x.shape),
+            0 < self.axes < 1 << len(x.shape),
             f"axes mask {self.axes} does not fit a tensor of {len(x.shape)} dimensions",
+        )
+        self.require(
+            x.dtype != int8 or self.op in (ReduceOperation.MAX, ReduceOperation.MIN),
+            "the input is INT8: dequantize it",
         )
         kept = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
         return (kept if self.keep_dims else [size for a, size in enumerate(x.shape) if a not in axes]), x.dtype
@@ -531,6 +592,7 @@ class SoftMaxLayer(Layer):
         """Shape and type of the input."""
         x = self.inputs[0]
         self.require(x.dtype in _FLOATS, f"the input is {x.dtype.name}: expected FLOAT or HALF")
+        self.require(len(x.shape) >= 2, f"the input has {len(x.shape)} dimensions: expected 2 or more")
         one_axis = self.axes > 0 and self.axes & (self.axes - 1) == 0 and self.axes < 1 << len(x.shape)
         self.require(one_axis, f"axes mask {self.axes} does not name one of {len(x.shape)} axes")
         return x.shape, x.dtype
@@ -549,15 +611,15 @@ class MatrixMultiplyLayer(Layer):
         """(..., rows of a, columns of b)."""
         a, b = self.inputs
         problem = f"shapes {a.shape} and {b.shape} cannot be multiplied"
-        self.require(a.dtype == b.dtype, f"the inputs are {a.dtype.name} and {b.dtype.name}: cast one")
+        self.require(
+            a.dtype == b.dtype and a.dtype in _FLOATS,
+            f"the inputs are {a.dtype.name} and {b.dtype.name}: expected FLOAT twice or HALF twice",
+        )
         self.require(len(a.shape) == len(b.shape) >= 2, problem)
         *stack_a, rows, inner_a = _matrix_shape(a.shape, self.op0)
         *stack_b, inner_b, columns = _matrix_shape(b.shape, self.op1)
         self.require(inner_a == inner_b or DYNAMIC in (inner_a, inner_b), problem)
-        agree = all(m == n or 1 in (m, n) or DYNAMIC in (m, n) for m, n in zip(stack_a, stack_b, strict=True))
-        self.require(agree, problem)
-        stack = [n if m == 1 else m for m, n in zip(stack_a, stack_b, strict=True)]
-        return (*stack, rows, columns), a.dtype
+        return (*self.broadcast(stack_a, stack_b, problem), rows, columns), a.dtype
 
 
 class CastLayer(Layer):
@@ -571,7 +633,6 @@ class CastLayer(Layer):
 
     def infer(self) -> tuple[Sequence[int], DataType]:
         """The input's shape in the new type."""
-        self.require(self.inputs[0].dtype != int8 and self.to_type != int8, "INT8 takes quantize and dequantize")
         return self.inputs[0].shape, self.to_type
 
 
@@ -593,15 +654,18 @@ class QuantizeLayer(Layer):
         self.require(
             self.to_type in (_FLOATS if self.dequantize else (int8,)), f"the output cannot be {self.to_type.name}"
         )
-        self._check_scale(x, scale)
+        self._check_scale(x, scale, self.to_type if self.dequantize else x.dtype)
         return x.shape, self.to_type
 
-    def _check_scale(self, x: Tensor, scale: Tensor) -> None:
-        self.require(scale.dtype in _FLOATS, f"the scale is {scale.dtype.name}: expected FLOAT")
+    def _check_scale(self, x: Tensor, scale: Tensor, real: DataType) -> None:
+        self.require(
+            scale.dtype in (float32, real), f"the scale is {scale.dtype.name}, the real values {real.name}: use FLOAT"
+        )
         self.require(isinstance(scale.source, ConstantLayer), "the scale is no constant")
         self.require(len(scale.shape) <= 1, f"the scale has shape {scale.shape}: expected one value or one a channel")
-        if len(scale.shape) == 1:
-            self.require(0 <= self.axis < len(x.shape), f"axis {self.axis} is outside 0..{len(x.shape) - 1}")
+        per_tensor = self.axis == -1 and not scale.shape
+        self.require(per_tensor or 0 <= self.axis < len(x.shape), f"axis {self.axis} is outside 0..{len(x.shape) - 1}")
+        if scale.shape:
             channels = x.shape[self.axis]
             self.require(scale.shape[0] == channels, f"{scale.shape[0]} scales for {channels} channels")
         values = scale.source.weights.array if isinstance(scale.source, ConstantLayer) else np.zeros(1)
@@ -632,6 +696,10 @@ class Network:
         """Number of outputs."""
         return len(self.outputs)
 
+    def sorted_layers(self) -> list[Layer]:
+        """All layers, each after those that it reads: `Layer.set_input` may have named one that was added later."""
+        return list(graphlib.TopologicalSorter({layer: layer.sources() for layer in self.layers}).static_order())
+
     def get_layer(self, index: int) -> Layer:
         """Layer `index`, in the order of the calls."""
         return self.layers[index]
@@ -648,8 +716,8 @@ class Network:
         """Add a network input; a dimension of -1 is dynamic."""
         if any(tensor.name == name for tensor in self.inputs):
             raise NetworkError(f"input {name}: the name is taken")
-        if not 1 <= len(shape) <= MAX_RANK or any(size < 1 and size != DYNAMIC for size in shape):
-            raise NetworkError(f"input {name}: shape {tuple(shape)} is not of positive sizes or -1")
+        if len(shape) > MAX_RANK or any(size < 1 and size != DYNAMIC for size in shape):
+            raise NetworkError(f"input {name}: shape {tuple(shape)} is not of at most {MAX_RANK} sizes, positive or -1")
         self.inputs.append(Tensor(name, None, tuple(shape), dtype))
         return self.inputs[-1]
 
@@ -741,6 +809,9 @@ class Network:
                 tensor.source.inferred()
         layer.name = f"(Unnamed Layer* {len(self.layers)}) [{layer.kind}]"
         layer.output.name = f"{layer.name}_output"
+        layer._is_added = True
+        for tensor in layer.inputs:
+            tensor.consumers.append(layer)
         self.layers.append(layer)
         return layer
 
@@ -832,25 +903,44 @@ def check_network(network: Network, config: BuilderConfig) -> None:
     """Raise NetworkError if TensorRT would not build this network."""
     if not network.outputs:
         raise NetworkError("the network has no output")
-    for layer in network.layers:
-        layer.inferred()
-    _check_names(network)
+    _infer_all(network)
+    _check_names("tensor", [tensor.name for tensor in (*network.inputs, *(layer.output for layer in network.layers))])
+    _check_names("layer", [layer.name for layer in network.layers])
     dynamic = [tensor for tensor in network.inputs if DYNAMIC in tensor.shape]
     if dynamic and not config.profiles:
         raise NetworkError(f"input {dynamic[0].name} is dynamic: the build needs an optimization profile")
     for profile in config.profiles:
         _check_profile(profile, network.inputs)
+        for sizes in ("min", "opt", "max"):
+            _check_with_sizes(network, {name: getattr(shapes, sizes) for name, shapes in profile.ranges.items()})
 
 
-def _check_names(network: Network) -> None:
-    """Names of inputs, outputs and layers must be unique."""
-    for kind, names in (
-        ("input or output", [tensor.name for tensor in (*network.inputs, *network.outputs)]),
-        ("layer", [layer.name for layer in network.layers]),
-    ):
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise NetworkError(f"{kind} {twice}: the name is taken")
+def _check_names(kind: str, names: Sequence[str]) -> None:
+    """Names of tensors must be unique, and so must those of layers."""
+    for name, count in Counter(names).items():
+        if not name:
+            raise NetworkError(f"a {kind} has an empty name")
+        if count > 1:
+            raise NetworkError(f"{kind} {name}: the name is taken")
+
+
+def _check_with_sizes(network: Network, shapes: Mapping[str, Shape]) -> None:
+    """Check all layers again with known sizes: a dynamic dimension can hide that two shapes disagree."""
+    saved = {tensor: tensor.shape for tensor in network.inputs}
+    try:
+        for tensor in network.inputs:
+            tensor.set_shape(shapes.get(tensor.name, tensor.shape))
+        _infer_all(network)
+    finally:
+        for tensor, shape in saved.items():
+            tensor.set_shape(shape)
+    _infer_all(network)
+
+
+def _infer_all(network: Network) -> None:
+    """Check every layer. In this order each finds its inputs checked: no recursion as deep as the network."""
+    for layer in network.sorted_layers():
+        layer.inferred()
 
 
 def _check_profile(profile: OptimizationProfile, inputs: Sequence[Tensor]) -> None:

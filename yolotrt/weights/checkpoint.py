@@ -137,7 +137,8 @@ def _from_state_dict(state: dict[Any, Any], root: Any, reader: TensorReader) -> 
         known = _class_names(names, metadata.class_count, notes)
         metadata = replace(metadata, names=known, inferred=tuple(notes))
     if isinstance(root.get("yaml"), dict):
-        metadata = replace(metadata, yaml=_json_yaml(root["yaml"], metadata.class_count))
+        yaml = _json_yaml(root["yaml"], metadata.class_count)
+        metadata = replace(metadata, yaml=yaml, activation=_yaml_activation(yaml) or metadata.activation)
     return Weights(tensors, metadata)
 
 
@@ -376,6 +377,28 @@ def _activation_label(module: StandIn) -> str:
         return name
     slope = module.get("negative_slope")
     return f"LeakyReLU({slope if isinstance(slope, (int, float)) else _LEAKY_SLOPE:g})"
+
+
+def _yaml_activation(yaml: Mapping[str, Any]) -> str:
+    """The activation that a yaml sets for all convolutions, such as ``nn.LeakyReLU(0.1)``, or an empty string.
+
+    Raises:
+        CheckpointError: if it is something else than the name of a module and at most one number.
+    """
+    stored = yaml.get("activation")
+    if stored is None:
+        return ""
+    problem = CheckpointError(f"its yaml sets the activation {printable(str(stored))!r}, which is not understood")
+    match = re.fullmatch(r"(?:torch\.)?nn\.([A-Za-z0-9]{1,40})\(\s*([0-9.eE+-]{0,20})[^()]{0,60}\)", str(stored))
+    if not match:
+        raise problem
+    name, slope = match.groups()
+    try:
+        return f"LeakyReLU({float(slope or _LEAKY_SLOPE):g})" if name == "LeakyReLU" else name
+    except ValueError:
+        raise CheckpointError(
+            f"its yaml sets the activation {printable(str(stored))!r}, which is not understood"
+        ) from None
 
 
 def _batch_norm_epsilon(tree: _ModuleTree) -> float:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from yolotrt.errors import InputError, YolotrtError
+from yolotrt.errors import InputError
+from yolotrt.shell import make_output_robust, print_beside_progress, printable, run_command
 from yolotrt.weights.model import Weights
 
 PROGRAM: Final = "yolotrt-gen-wts"
@@ -35,18 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 2 for bad input, 1 for other failures.
     """
+    make_output_robust()
     options = _parser().parse_args(argv)
-    try:
-        print(_convert(options))
-    except YolotrtError as problem:
-        if options.debug:
-            raise
-        print(f"{PROGRAM}: error: {problem}", file=sys.stderr)
-        return problem.exit_status
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
-        return 130  # what a shell reports for SIGINT
-    return 0
+
+    def convert() -> int:
+        print(printable(_convert(options)))
+        return 0
+
+    return run_command(PROGRAM, convert, debug=options.debug)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,7 +90,7 @@ def _convert(options: argparse.Namespace) -> str:
     if options.type and _TASKS[options.type] != task:
         raise InputError(f"{options.weights} is a model for the task {task}, not {options.type}: leave out -t")
     for note in weights.metadata.inferred:
-        print(f"{PROGRAM}: note: {note}", file=sys.stderr)
+        print_beside_progress(f"{PROGRAM}: note: {note}")
     save_weights(weights, output, half=options.half)
     return f"{_summary(weights)} -> {output} in {time.perf_counter() - start:.1f} s"
 
@@ -105,9 +102,9 @@ def _output_path(options: argparse.Namespace) -> Path:
         InputError: if no such file can be written in the way that is asked for.
     """
     output: Path = options.output or Path(f"{options.weights.stem}.wts")
-    if output.suffix not in (".wts", ".safetensors"):
+    if output.suffix.lower() not in (".wts", ".safetensors"):
         raise InputError(f"output {output} has an unknown format: name a .wts or .safetensors file")
-    if options.half and output.suffix == ".wts":
+    if options.half and output.suffix.lower() == ".wts":
         raise InputError(f"--half does not go with {output}: .wts holds float32 only; name a .safetensors file")
     return output
 

@@ -1,0 +1,230 @@
+"""The same builder makes plans with TensorRT-RTX, which needs no GPU for that."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.reference import TINY_YAML, MadeUpWeights, all_weights, made_up_weights, official_metadata, tiny_metadata
+from yolotrt.engines import tensorrt_rtx as backend_module
+from yolotrt.engines.base import BuildOptions, CompleteOptions, Plan
+from yolotrt.engines.build import build_engine, find_backend, open_session
+from yolotrt.engines.file import EngineFile, TensorInfo
+from yolotrt.engines.tensorrt_rtx import NO_DRIVER_MESSAGE, TensorRtRtxBackend, make_logger, shared_logger
+from yolotrt.errors import BackendUnavailableError, NetworkError, WeightsError
+from yolotrt.weights import Weights
+
+
+@pytest.fixture(scope="module")
+def rtx() -> ModuleType:
+    return pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+
+
+@pytest.fixture(autouse=True)
+def one_logger(caplog) -> Iterator[None]:
+    """The library ignores a new logger as long as a builder is alive, be it in the traceback of an earlier test."""
+    gc.collect()
+    yield
+    assert "new logger is ignored" not in caplog.text
+
+
+@lru_cache(maxsize=1)  # the largest model has 87 million parameters: one at a time
+def official_weights(size: str) -> MadeUpWeights:
+    return made_up_weights(official_metadata(size))
+
+
+def build(rtx: ModuleType, weights: Weights, precision: str, batch_range: tuple[int, int, int] = (1, 1, 1)) -> Plan:
+    """A plan from a build that logged no error: TensorRT logs some mistakes and goes on."""
+    plan = TensorRtRtxBackend().build(weights, CompleteOptions(precision, weights.metadata.imgsz, batch_range))
+    assert shared_logger(rtx).errors == []
+    return plan
+
+
+# Parameters of the official models without BatchNorm's running statistics, as YOLOv5 prints them.
+PARAMETERS = {"n": 1_872_157, "s": 7_235_389, "m": 21_190_557, "l": 46_563_709, "x": 86_749_405}
+
+
+@pytest.mark.parametrize(("size", "precision"), list(itertools.product("nsmlx", ("fp32", "fp16"))))
+def test_every_official_size_gives_a_plan(rtx, size, precision):
+    weights = official_weights(size)
+    for batch, batch_range in ((1, (1, 1, 1)), (-1, (1, 4, 8))):
+        plan = build(rtx, weights, precision, batch_range)
+        assert plan.inputs == (TensorInfo("images", "float32", (batch, 3, 640, 640)),)
+        assert plan.outputs == (
+            TensorInfo("head0", "float32", (batch, 255, 80, 80)),
+            TensorInfo("head1", "float32", (batch, 255, 40, 40)),
+            TensorInfo("head2", "float32", (batch, 255, 20, 20)),
+        )
+        assert sum(array.size for name, array in weights.made.items() if ".running_" not in name) == PARAMETERS[size]
+        # a plan holds every weight once, in the precision, and some megabytes of code
+        weight_bytes = PARAMETERS[size] * {"fp32": 4, "fp16": 2}[precision]
+        assert weight_bytes < len(plan.data) < 1.1 * weight_bytes + 6e6
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Weights:
+    return all_weights(tiny_metadata())
+
+
+def plan_tensors(plan: Plan) -> dict[str, tuple[str, str]]:
+    """Dimensions and type of the tensors that the plan's text speaks of, by name."""
+    text = plan.data.decode("latin1")
+    pattern = r"tensor=\{[^\n]*?dims=\{ ([^}]*) \}[^\n]*?name=\"([^\"]+)\"[^\n]*?type=(\w+) \}"
+    return {match[2]: (match[1], match[3]) for match in re.finditer(pattern, text)}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_plan_itself_has_the_types_and_shapes(rtx, tiny, precision):
+    if not rtx.__version__.startswith("1.7."):
+        pytest.skip(f"the text inside plans is undocumented and was read from version 1.7, not {rtx.__version__}")
+    tensors = plan_tensors(build(rtx, tiny, precision))
+    assert tensors["images.1"] == ("1 3 32 48", "float")
+    assert tensors["head0.1"] == ("1 14 8 12", "float")
+    assert tensors["head1.1"] == ("1 14 4 6", "float")
+    kinds = [kind for _, kind in tensors.values()]
+    assert ("half" in kinds) == (precision == "fp16")
+    if precision == "fp16":
+        assert kinds.count("half") > kinds.count("float")
+
+
+def test_equal_networks_give_equal_plans(rtx, tiny):
+    first, again = (build(rtx, tiny, "fp16") for _ in range(2))
+    assert first.data == again.data
+    other = with_changed_bias(tiny, 1.0)
+    assert build(rtx, other, "fp16").data != first.data
+
+
+def with_changed_bias(weights: Weights, value: float) -> Weights:
+    name = "model.7.m.0.bias"
+    return replace(weights, tensors={**weights.tensors, name: np.full_like(weights.tensors[name], value)})
+
+
+def test_the_plan_holds_the_weights(rtx, tiny):
+    """Arrays that die before the build leave garbage in the plan; these are temporaries of the builder."""
+    bias = np.arange(14, dtype=np.float32) + np.float32(0.125)
+    weights = replace(tiny, tensors={**tiny.tensors, "model.7.m.0.bias": bias})
+    assert bias.tobytes() in build(rtx, weights, "fp32").data
+
+
+# --- the engine file ---
+
+
+def test_an_engine_file_says_what_it_holds(rtx, tiny, tmp_path):
+    options = BuildOptions(imgsz=(64, 96), min_batch=1, opt_batch=2, max_batch=4)
+    path = tmp_path / "tiny.engine"
+    build_engine(tiny, path, backend="tensorrt-rtx", options=options)
+    engine = EngineFile.load(path)
+    header = engine.header
+    assert (header.backend, header.backend_version) == ("tensorrt-rtx", rtx.__version__)
+    assert header.precision == "fp16"
+    assert (header.imgsz, header.batch_range) == ((64, 96), (1, 2, 4))
+    assert header.inputs == (TensorInfo("images", "float32", (-1, 3, 64, 96)),)
+    assert [tensor.name for tensor in header.outputs] == ["head0", "head1"]
+    assert (header.device_name, header.compute_capability) == ("", "")
+    assert header.model == replace(tiny.metadata, yaml=header.model.yaml)
+    assert b"head1" in engine.plan
+
+
+def test_running_a_plan_is_refused_in_one_clear_line(rtx, tiny, tmp_path):
+    engine = build_engine(tiny, tmp_path / "tiny.engine", backend="tensorrt-rtx")
+    with pytest.raises(BackendUnavailableError) as problem:
+        open_session(engine)
+    assert str(problem.value) == (
+        f"engine {tmp_path / 'tiny.engine'} is a TensorRT-RTX plan, which this version builds but cannot run: "
+        "build with --backend onnxruntime to run on this machine"
+    )
+
+
+# --- refusals ---
+
+
+def test_weights_beyond_the_range_of_half_precision_are_refused(rtx, tiny):
+    weights = with_changed_bias(tiny, 7e4)
+    backend = TensorRtRtxBackend()
+    assert backend.build(weights, CompleteOptions("fp32", (32, 48), (1, 1, 1))).data
+    with pytest.raises(WeightsError) as problem:
+        backend.build(weights, CompleteOptions("fp16", (32, 48), (1, 1, 1)))
+    assert str(problem.value) == (
+        "layer 7 (Detect): model.7.m.0 has weights beyond the range of fp16: build with --precision fp32"
+    )
+
+
+def test_a_refused_layer_comes_with_the_librarys_reason(rtx):
+    rows = [*TINY_YAML["backbone"], *TINY_YAML["head"]]
+    rows[6] = [[5, 4], 1, "Concat", [1]]
+    weights = made_up_weights(tiny_metadata(yaml={**TINY_YAML, "backbone": rows, "head": []}))
+    with pytest.raises(NetworkError) as problem:
+        TensorRtRtxBackend().build(weights, CompleteOptions("fp32", (32, 48), (1, 1, 1)))
+    assert re.match(
+        r"layer 6 \(Concat\): model\.6: the layer's output has no valid shape \(.*axis.*\)$", str(problem.value)
+    )
+    assert "\n" not in str(problem.value)
+
+
+def test_a_missing_library_is_one_clear_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(BackendUnavailableError, match=r"^TensorRT-RTX is not installed \(.*\): run pip install"):
+        find_backend("tensorrt-rtx").version()
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize(("precision", "keeps_tf32"), [("fp32", False), ("fp16", True)])
+def test_fp32_is_true_fp32(rtx, monkeypatch, tiny, precision, keeps_tf32):
+    configs = []
+    build_plan = backend_module.build_plan
+
+    def spy(*args: Any, configure: Any, **settings: Any) -> Plan:
+        def look(config: Any) -> None:
+            assert config.get_flag(rtx.BuilderFlag.TF32), "TF32 is no longer the default"
+            configure(config)
+            configs.append(config.get_flag(rtx.BuilderFlag.TF32))
+
+        return build_plan(*args, configure=look, **settings)
+
+    monkeypatch.setattr(backend_module, "build_plan", spy)
+    TensorRtRtxBackend().build(tiny, CompleteOptions(precision, (32, 48), (1, 1, 1)))
+    assert configs == [keeps_tf32]
+
+
+def test_the_version_is_the_librarys(rtx):
+    assert TensorRtRtxBackend().version() == rtx.__version__
+
+
+def test_messages_of_the_library_go_to_logging(rtx, caplog):
+    caplog.set_level(logging.DEBUG, logger="yolotrt")
+    logger = make_logger(rtx)
+    severity = rtx.ILogger.Severity
+    assert logger.last_error == ""
+    logger.log(severity.WARNING, "an unused input\n")
+    logger.log(severity.INFO, "took a second")
+    logger.log(severity.ERROR, "a wrong shape\n")
+    logger.log(severity.INTERNAL_ERROR, "a bug")
+    logger.log(severity.WARNING, f"{NO_DRIVER_MESSAGE}: no driver")
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "tensorrt_rtx: an unused input"),
+        ("DEBUG", "tensorrt_rtx: took a second"),
+        ("DEBUG", "tensorrt_rtx: a wrong shape"),
+        ("DEBUG", "tensorrt_rtx: a bug"),
+        ("DEBUG", f"tensorrt_rtx: {NO_DRIVER_MESSAGE}: no driver"),
+    ]
+    assert logger.errors == ["a wrong shape", "a bug"]
+    assert logger.last_error == "a bug"
+
+
+def test_a_build_without_a_driver_warns_of_nothing(rtx, tiny, caplog):
+    caplog.set_level(logging.INFO, logger="yolotrt")
+    TensorRtRtxBackend().build(tiny, CompleteOptions("fp16", (32, 48), (1, 1, 1)))
+    assert [record.getMessage() for record in caplog.records] == []
