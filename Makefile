@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# Your own: make demo WEIGHTS=yolov5s.pt SOURCE=pictures/
 WEIGHTS ?=
 SOURCE ?= samples/
 PYTEST_ARGS ?=
@@ -14,8 +15,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.installed-cpu
-	@test -n "$(WEIGHTS)" || { echo 'make demo needs a checkpoint: make demo WEIGHTS=yolov5n.pt SOURCE=pictures/' >&2; exit 2; }
-	$(BIN)/python -m yolotrt -s --weights "$(WEIGHTS)"
+	$(BIN)/python -m yolotrt -s $(if $(WEIGHTS),--weights "$(WEIGHTS)")
 	$(BIN)/python -m yolotrt -d $(SOURCE)
 
 test: $(VENV)/.installed-test

@@ -93,6 +93,16 @@ def files(folder: Path | str = ".") -> set[str]:
 # --- -s ---
 
 
+def test_without_options_the_demo_model_finds_the_sample_pictures_signs(run):
+    Path("yolotrt.engine").unlink()
+    built = run("-s").assert_succeeds()
+    assert "the demo model" in built.out
+    assert "12 classes, 640x640, batch 1, fp32" in built.out
+    found = output_lines(run("-d", "--no-save"))
+    assert found[0].startswith("7 pictures: ")
+    assert " stop" in found[0]
+
+
 @pytest.mark.parametrize("suffix", [".wts", ".safetensors"])
 def test_an_engine_is_built_from_weights(run, tiny_weights, tiny_engine, suffix):
     save_weights(tiny_weights, f"tiny{suffix}")
@@ -515,7 +525,6 @@ def bad_files(golden) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("-s", "no weights given: name a .wts, .safetensors or .pt file with --weights"),
         ("-s --weights nope.wts", r"weights nope\.wts does not exist: check the path"),
         ("-s --weights folder", "weights folder is a directory: name a file"),
         ("-s --weights empty", "weights empty is empty: make or download it again"),
@@ -551,7 +560,6 @@ def bad_files(golden) -> None:
         ("-d picture.jpg --engine good.pt", r"good\.pt is no engine file .*: convert it with gen_wts\.py"),
         ("-d picture.jpg --engine picture.jpg", r"picture\.jpg is no engine file of yolotrt"),
         ("-d picture.jpg --engine /dev/zero", "engine /dev/zero is not a regular file"),
-        ("-d", "no source given and no folder samples/ here: name a picture, a folder, a glob or a .txt list"),
         ("-d nope.jpg", r"source nope\.jpg does not exist: check the path"),
         ("-d folder", "folder folder holds no picture: name one with files of"),
         ("-d folder/*.jpg", r"no picture matches folder/\*\.jpg"),

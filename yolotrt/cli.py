@@ -34,7 +34,7 @@ QUIT_KEYS = (ord("q"), 27)
 
 ENGINE_HELP = "engine file that -s writes and -d runs (default: %(default)s)"
 
-USAGE = f"""{PROGRAM} -s --weights FILE [--engine FILE] [option ...]
+USAGE = f"""{PROGRAM} -s [--weights FILE] [--engine FILE] [option ...]
        {PROGRAM} -d [SOURCE ...] [--engine FILE] [option ...]
        {PROGRAM} --info FILE"""
 
@@ -145,7 +145,9 @@ def _add_build_options(group: Any) -> None:
     from yolotrt.engines.base import PRECISIONS
     from yolotrt.engines.build import AUTO, BACKENDS
 
-    group.add_argument("--weights", metavar="FILE", help=".wts, .safetensors or .pt file (required)")
+    group.add_argument(
+        "--weights", metavar="FILE", help=".wts, .safetensors or .pt file (default: the demo model, road signs)"
+    )
     group.add_argument("--precision", choices=PRECISIONS, help="default: fp16 on a GPU, fp32 on a CPU")
     group.add_argument(
         "--imgsz",
@@ -201,13 +203,15 @@ def _add_detect_options(group: Any) -> None:
 
 def serialize(options: argparse.Namespace) -> int:
     """Build an engine file (-s)."""
+    from yolotrt.assets import DEMO_WEIGHTS
     from yolotrt.engines.build import build_engine
     from yolotrt.files import atomic_write
     from yolotrt.weights import load_weights
 
-    if options.weights is None:
-        raise InputError("no weights given: name a .wts, .safetensors or .pt file with --weights")
     build_options = _build_options(options)
+    if options.weights is None:
+        options.weights = DEMO_WEIGHTS
+        print(f"no --weights given: taking the demo model, road signs ({DEMO_WEIGHTS.name})")
     _check_build_outputs(options)
     began = time.perf_counter()
     weights = load_weights(options.weights)
@@ -396,18 +400,17 @@ def _count(part: int, whole: int) -> str:
 
 
 def _default_sources() -> list[Path]:
-    if not DEFAULT_SAMPLES.is_dir():
-        raise InputError(
-            f"no source given and no folder {DEFAULT_SAMPLES}/ here: name a picture, a folder, a glob or a .txt list"
-        )
-    return [DEFAULT_SAMPLES]
+    """samples/ of the current folder, or else the pictures that come with the package."""
+    from yolotrt.assets import sample_pictures
+
+    return [DEFAULT_SAMPLES if DEFAULT_SAMPLES.is_dir() else sample_pictures()]
 
 
 def _check_detect_options(options: argparse.Namespace) -> None:
     """Fail before the work rather than after it."""
     if options.engine == DEFAULT_ENGINE and not options.engine.exists():
         raise InputError(
-            f"there is no {options.engine} here: build one with python -m yolotrt -s --weights FILE, or use --engine"
+            f"there is no {options.engine} here: build one with python -m yolotrt -s [--weights FILE], or use --engine"
         )
     if options.threads is not None and options.threads < 1:
         raise InputError(f"--threads {options.threads} is out of range: choose at least 1")

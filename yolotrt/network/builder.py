@@ -144,7 +144,7 @@ class NetworkBuilder:
     def _check_input(self, height: int, width: int) -> None:
         if self.graph.input_channels != PICTURE_CHANNELS:
             raise GraphError(
-                f"the model takes pictures of {self.graph.input_channels} channels: only models for colour pictures work"
+                f"the model takes pictures of {self.graph.input_channels} channels: only colour pictures are supported"
             )
         multiple = self.graph.size_multiple
         if height < multiple or width < multiple or height % multiple or width % multiple:
