@@ -55,8 +55,8 @@ __device__ __forceinline__ int horizontal(const unsigned char* pixels, int offse
 
 __device__ __forceinline__ int vertical(int upper, int lower, Tap tap)
 {
-    const int sum = ((upper * tap.weight) >> 16) + ((lower * tap.next_weight) >> 16);
-    return min((sum + 2) >> 2, 255);
+    // at most 255 without saturation: two rounded weights sum to at most 2049
+    return (((upper * tap.weight) >> 16) + ((lower * tap.next_weight) >> 16) + 2) >> 2;
 }
 
 __device__ __forceinline__ Output normalized(int byte)

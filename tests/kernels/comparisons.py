@@ -1,4 +1,4 @@
-"""The kernels against their CPU reference, on whatever device a `Machine` has. Needs neither pytest nor a GPU library."""
+"""The kernels against their CPU reference, on whatever device a `Machine` has; pytest is not needed."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def letterbox_differences(
     return int((machine.download(output).view(bits) != expected.astype(kind).view(bits)).sum())
 
 
-def resize_differences(rng: np.random.Generator, machine: Machine, frame: tuple[int, int], scaled: tuple[int, int]) -> int:
+def resize_differences(
+    rng: np.random.Generator, machine: Machine, frame: tuple[int, int], scaled: tuple[int, int]
+) -> int:
     """Bytes that differ from cv2.resize itself, where the picture fills the network's input in both directions."""
     pixels = picture(rng, *frame)
     kernel = LetterboxKernel(machine.device, scaled, half=False)
@@ -97,7 +99,13 @@ def resize_differences(rng: np.random.Generator, machine: Machine, frame: tuple[
 
 
 def random_heads(
-    rng: np.random.Generator, sizes: Sequence[tuple[int, int]], anchors: int, class_count: int, batch: int, *, half: bool
+    rng: np.random.Generator,
+    sizes: Sequence[tuple[int, int]],
+    anchors: int,
+    class_count: int,
+    batch: int,
+    *,
+    half: bool,
 ) -> list[np.ndarray]:
     """Raw heads as a network gives them: float32 or float16 (batch, anchors x (5 + classes), height, width)."""
     kind = np.float16 if half else np.float32

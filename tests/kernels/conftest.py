@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # the helpers below are shared with tests/gpu
 
-from host_device import COMPILER, HostMachine  # noqa: E402
+from host_device import COMPILER, HostMachine
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A device for yolotrt.cuda.kernels that runs the kernels' own sources on the CPU, compiled by the host's C++ compiler."""
+"""A device for yolotrt.cuda.kernels that runs the kernels' own sources on the CPU, compiled as C++."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
 from yolotrt.cuda.compile import Defines, kernel_source
 
 COMPILER = os.environ.get("CXX", "g++")

@@ -6,7 +6,11 @@ the user's cache folder, named by everything that it depends on.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
+import importlib
+import importlib.util
 import logging
 import os
 import re
@@ -167,9 +171,8 @@ class _BindingsCompiler:
     package = "cuda-bindings"
 
     def __init__(self) -> None:
-        from cuda.bindings import nvrtc
-
-        self._nvrtc: Any = nvrtc
+        nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
+        self._nvrtc = nvrtc
         status, major, minor = nvrtc.nvrtcVersion()
         self._check(status)
         self.version = f"{major}.{minor}"
@@ -193,7 +196,7 @@ class _BindingsCompiler:
     def _read(self, program: Any, get_size: Any, get: Any) -> bytes:
         status, size = get_size(program)
         self._check(status)
-        text = b"\0" * size
+        text = bytes(size)
         (status,) = get(program, text)
         self._check(status)
         return text
@@ -209,6 +212,7 @@ class _CupyCompiler:
     package = "CuPy"
 
     def __init__(self) -> None:
+        _preload_nvrtc()
         from cupy.cuda import nvrtc
 
         self._nvrtc: Any = nvrtc
@@ -223,10 +227,21 @@ class _CupyCompiler:
             except nvrtc.NVRTCError as problem:
                 log = nvrtc.getProgramLog(program) or str(problem)
                 raise CompilationError(log, invalid_option="INVALID_OPTION" in str(problem)) from None
-            code: bytes = nvrtc.getCUBIN(program) if cubin else nvrtc.getPTX(program)
-            return code if cubin else code.rstrip(b"\0")
+            if cubin:
+                return bytes(nvrtc.getCUBIN(program))
+            return bytes(nvrtc.getPTX(program)).rstrip(b"\0")
         finally:
             nvrtc.destroyProgram(program)
+
+
+def _preload_nvrtc() -> None:
+    """Load NVRTC from NVIDIA's wheel, if it is there: older CuPy looks for it only among the system's libraries."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for name in ("libnvrtc-builtins.so.*", "libnvrtc.so.*"):
+            for library in Path(folder).glob(f"*/lib/{name}"):
+                with contextlib.suppress(OSError):
+                    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 def _compile(compiler: Compiler, source: str, name: str, architecture: str, *, cubin: bool) -> bytes:
@@ -240,7 +255,7 @@ def _compile(compiler: Compiler, source: str, name: str, architecture: str, *, c
             ) from problem
         raise BuildError(
             f"the kernel {name}.cu does not compile with NVRTC {compiler.version} for {architecture}: "
-            f"{_first_error(problem.log)}"
+            f"{_first_error(problem.log)}: install yolotrt again, or report it"
         ) from problem
 
 

@@ -201,7 +201,14 @@ class YoloLayerKernel:
     """
 
     def __init__(
-        self, device: Device, anchors: Anchors, strides: Sequence[int], class_count: int, variant: Variant, *, half: bool
+        self,
+        device: Device,
+        anchors: Anchors,
+        strides: Sequence[int],
+        class_count: int,
+        variant: Variant,
+        *,
+        half: bool,
     ) -> None:
         defines = yololayer_defines(anchors, strides, class_count, variant, half=half)
         self.row_values = BEST_VALUES if variant == "best" else BOX_VALUES + class_count
