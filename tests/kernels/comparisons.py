@@ -196,6 +196,19 @@ def nms_case(rng: np.random.Generator, most_rows: int) -> tuple[np.ndarray, NmsO
     return rows, options, classes
 
 
+def exact_overlap_case(rng: np.random.Generator) -> tuple[np.ndarray, NmsOptions]:
+    """Two boxes whose overlap is exactly the threshold, as float32 operations in the reference's order give it."""
+    first = rng.uniform(0, 300, 4).astype(np.float32)
+    first[2:] += first[:2] + 50
+    second = first + rng.uniform(-20, 20, 4).astype(np.float32)
+    sides = np.minimum(first[2:], second[2:]) - np.maximum(first[:2], second[:2])
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
+    intersection = sides[0] * sides[1]
+    overlap = intersection / (areas[0] + areas[1] - intersection)
+    rows = np.array([[[*first, 0.9, 0], [*second, 0.8, 0]]], np.float32)
+    return rows, NmsOptions(iou=float(overlap), max_detections=10)
+
+
 def same_boxes(actual: Boxes, expected: Boxes) -> bool:
     """Whether boxes, scores, classes and their order are equal, bit for bit."""
     return (

@@ -86,22 +86,23 @@ inline void resume(Thread& thread)
     setcontext(&thread.start);
 }
 
-// Lets threads that wait for each other go on; false if none can.
-inline bool release(int count)
+inline bool all_are(State state, const Thread* begin, const Thread* end)
 {
-    bool released = false;
-    const int at_barrier = std::count_if(threads, threads + count, [](auto& t) { return t.state == AT_BARRIER; });
-    if (at_barrier == count) {
-        for (int i = 0; i < count; ++i) threads[i].state = READY;
-        return true;
-    }
-    for (int first = 0; first < count; first += WARP) {
-        Thread *begin = threads + first, *end = threads + min(first + WARP, count);
-        if (!std::all_of(begin, end, [](auto& t) { return t.state == AT_EXCHANGE; })) continue;
+    return std::all_of(begin, end, [state](const Thread& thread) { return thread.state == state; });
+}
+
+// Runs a warp as far as it gets without the others: the schedule that a missing barrier bears least.
+inline void run_warp(Thread* begin, Thread* end, bool descending)
+{
+    for (;;) {
+        const int count = end - begin;
+        for (int i = 0; i < count; ++i) {
+            Thread& thread = begin[descending ? count - 1 - i : i];
+            if (thread.state == READY) resume(thread);
+        }
+        if (!all_are(AT_EXCHANGE, begin, end)) return;
         for (Thread* thread = begin; thread != end; ++thread) thread->state = READY;
-        released = true;
     }
-    return released;
 }
 
 inline Failure run_block(int count, bool descending)
@@ -111,17 +112,19 @@ inline Failure run_block(int count, bool descending)
         threads[i].exchanges = 0;
         threads[i].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     }
+    const int warps = (count + WARP - 1) / WARP;
     for (;;) {
-        for (int i = 0; i < count; ++i) {
-            Thread& thread = threads[descending ? count - 1 - i : i];
-            if (thread.state == READY) resume(thread);
+        for (int i = 0; i < warps; ++i) {
+            const int first = (descending ? warps - 1 - i : i) * WARP;
+            run_warp(threads + first, threads + min(first + WARP, count), descending);
         }
-        if (std::all_of(threads, threads + count, [](auto& t) { return t.state == DONE; })) return NO_FAILURE;
-        if (!release(count)) {  // the coroutines cannot go on: forget them
-            for (int i = 0; i < count; ++i)
+        if (all_are(DONE, threads, threads + count)) return NO_FAILURE;
+        if (!all_are(AT_BARRIER, threads, threads + count)) {
+            for (int i = 0; i < count; ++i)  // coroutines that cannot go on are forgotten
                 if (threads[i].state != DONE) threads[i].stack = nullptr;
             return SKIPPED_BARRIER;
         }
+        for (int i = 0; i < count; ++i) threads[i].state = READY;
     }
 }
 

@@ -8,6 +8,7 @@ from comparisons import (
     COCO_ANCHORS,
     COCO_STRIDES,
     decode,
+    exact_overlap_case,
     expected_suppression,
     nms_case,
     nms_rows,
@@ -77,6 +78,27 @@ def test_an_overlap_of_exactly_the_threshold_is_kept(machine):
     rows = np.array([[[0, 0, 3, 1, 0.9, 0], [1, 0, 4, 1, 0.8, 0], [0, 0, 3, 1.01, 0.7, 0]]], np.float32)
     kept = suppress(machine, rows, NmsOptions(0.25, 0.5, 10), classes=1)[0]
     np.testing.assert_array_equal(kept.confidence, np.float32([0.9, 0.8]))
+
+
+def test_the_overlap_is_rounded_as_the_reference_rounds_it(machine):
+    rng = np.random.default_rng(7)
+    for _ in range(300):
+        rows, options = exact_overlap_case(rng)
+        assert len(suppress(machine, rows, options, classes=1, threads=128)[0]) == 2
+        lower = NmsOptions(iou=float(np.nextafter(np.float32(options.iou), 0)), max_detections=10)
+        assert len(suppress(machine, rows, lower, classes=1, threads=128)[0]) == 1
+
+
+@pytest.mark.parametrize("descending", [False, True], ids=["ascending", "descending"])
+def test_more_rows_than_the_segments_hold_at_once(machine, descending):
+    rng = np.random.default_rng(8)
+    rows = nms_rows(rng, 2, 20_000, classes=3, crowded=True)
+    assert NmsLayout(2, 20_000, 300, threads=32).segment_rows > 256
+    machine.device.descending = descending
+    try:
+        check(machine, rows, NmsOptions(0.9, 0.45, 300), 3, threads=32)
+    finally:
+        machine.device.descending = False
 
 
 def test_a_score_of_exactly_the_confidence_is_dropped(machine):

@@ -55,6 +55,7 @@ def test_rows_equal_the_reference(machine, anchors, strides, classes, half, vari
         ([-95.0, -60.0, -50.0], 2),  # tiny, but not equal
         ([-np.inf, -90.0, -89.0], 0),
         ([9.0, 9.0000019, 9.0], 0),  # one last place apart before the sigmoid, equal after it
+        ([5.0, 5.000001, 5.0], 0),  # the same where raw values usually decide
         ([1.0, 1.01, 1.0], 1),
     ],
 )
