@@ -85,7 +85,7 @@ def test_the_overlap_is_rounded_as_the_reference_rounds_it(machine):
     for _ in range(300):
         rows, options = exact_overlap_case(rng)
         assert len(suppress(machine, rows, options, classes=1, threads=128)[0]) == 2
-        lower = NmsOptions(iou=float(np.nextafter(np.float32(options.iou), 0)), max_detections=10)
+        lower = NmsOptions(iou=float(np.nextafter(np.float32(options.iou), np.float32(0))), max_detections=10)
         assert len(suppress(machine, rows, lower, classes=1, threads=128)[0]) == 1
 
 
@@ -102,7 +102,9 @@ def test_more_rows_than_the_segments_hold_at_once(machine, descending):
 
 
 def test_a_score_of_exactly_the_confidence_is_dropped(machine):
-    rows = np.array([[[0, 0, 3, 1, 0.25, 0], [9, 0, 12, 1, np.nextafter(np.float32(0.25), 1), 0]]], np.float32)
+    rows = np.array(
+        [[[0, 0, 3, 1, 0.25, 0], [9, 0, 12, 1, np.nextafter(np.float32(0.25), np.float32(1)), 0]]], np.float32
+    )
     kept = suppress(machine, rows, NmsOptions(0.25, 0.5, 10), classes=1)[0]
     np.testing.assert_array_equal(kept.xyxy, [[9, 0, 12, 1]])
 
