@@ -1,0 +1,218 @@
+"""The kernels against their CPU reference, on whatever device a `Machine` has; pytest is not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+
+from yolotrt.cuda.kernels import BEST_VALUES, Device, LetterboxKernel, NmsKernel, NmsLayout, Variant, YoloLayerKernel
+from yolotrt.postprocess import MAX_CANDIDATES, Boxes, NmsOptions, YoloLayer, greedy_nms
+from yolotrt.preprocess import Letterbox
+
+COCO_ANCHORS = (
+    ((10.0, 13.0), (16.0, 30.0), (33.0, 23.0)),
+    ((30.0, 61.0), (62.0, 45.0), (59.0, 119.0)),
+    ((116.0, 90.0), (156.0, 198.0), (373.0, 326.0)),
+)
+COCO_STRIDES = (8, 16, 32)
+
+
+class Machine(Protocol):
+    """A device and its memory."""
+
+    device: Device
+
+    def upload(self, array: np.ndarray) -> Any: ...
+
+    def address(self, buffer: Any) -> int: ...
+
+    def download(self, buffer: Any) -> np.ndarray: ...
+
+
+# --- letterbox -------------------------------------------------------------------------------------------------------
+
+
+def picture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Noise, or black and white noise, whose extremes show every rounding."""
+    pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+    return (pixels > 127).astype(np.uint8) * 255 if rng.random() < 0.3 else pixels
+
+
+def letterbox_case(rng: np.random.Generator, largest: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Random sizes of a network and a frame: up and down, halving, equal sides, one-pixel sides, extreme aspects."""
+    network = tuple(int(side) for side in rng.integers(8, largest, 2))
+    kind = rng.integers(8)
+    frame = [int(side) for side in rng.integers(1, 3 * largest, 2)]
+    if kind == 0:
+        frame = [2 * side for side in network]
+    elif kind == 1:
+        frame = list(network)
+    elif kind == 2:
+        frame[rng.integers(2)] = 1
+    elif kind == 3:
+        frame = [int(side) for side in rng.integers(1, 12, 2)]
+    elif kind == 4:
+        frame[0] = network[0]
+    return (network[0], network[1]), (frame[0], frame[1])
+
+
+def letterbox_differences(
+    machine: Machine, network: tuple[int, int], frames: Sequence[np.ndarray], *, half: bool, padding: int = 0
+) -> int:
+    """Values of the kernel's output that are not those of the CPU, bit for bit."""
+    kernel = LetterboxKernel(machine.device, network, half=half)
+    kind = np.float16 if half else np.float32
+    buffers, plans = [], []
+    for frame in frames:
+        rows = np.full((frame.shape[0], frame.shape[1] * 3 + padding), 77, np.uint8)
+        rows[:, : frame.shape[1] * 3] = frame.reshape(frame.shape[0], -1)
+        # the last row's padding is not there, so that reading it is an error that a memory checker sees
+        buffers.append(machine.upload(rows.ravel()[: rows.size - padding]))
+        plans.append(kernel.plan(frame.shape[:2], machine.address(buffers[-1]), rows.shape[1]))
+    plan_buffer = machine.upload(np.concatenate(plans))
+    output = machine.upload(np.full((len(frames), 3, *network), -1, kind))
+    kernel.launch(machine.address(plan_buffer), machine.address(output), len(frames))
+    expected = np.empty((len(frames), 3, *network), np.float32)
+    for frame, slot in zip(frames, expected, strict=True):
+        Letterbox.fit(frame.shape[:2], network).to_input(np.ascontiguousarray(frame), slot)
+    bits = np.uint16 if half else np.uint32
+    return int((machine.download(output).view(bits) != expected.astype(kind).view(bits)).sum())
+
+
+def resize_differences(
+    rng: np.random.Generator, machine: Machine, frame: tuple[int, int], scaled: tuple[int, int]
+) -> int:
+    """Bytes that differ from cv2.resize itself, where the picture fills the network's input in both directions."""
+    pixels = picture(rng, *frame)
+    kernel = LetterboxKernel(machine.device, scaled, half=False)
+    buffer, output = machine.upload(pixels), machine.upload(np.zeros((3, *scaled), np.float32))
+    plan_buffer = machine.upload(kernel.plan(frame, machine.address(buffer), 3 * frame[1]))
+    kernel.launch(machine.address(plan_buffer), machine.address(output), 1)
+    result = np.rint(machine.download(output)[::-1].transpose(1, 2, 0) * 255).astype(np.uint8)
+    return int((result != cv2.resize(pixels, scaled[::-1], interpolation=cv2.INTER_LINEAR)).sum())
+
+
+# --- YoloLayer -------------------------------------------------------------------------------------------------------
+
+
+def random_heads(
+    rng: np.random.Generator,
+    sizes: Sequence[tuple[int, int]],
+    anchors: int,
+    class_count: int,
+    batch: int,
+    *,
+    half: bool,
+) -> list[np.ndarray]:
+    """Raw heads as a network gives them: float32 or float16 (batch, anchors x (5 + classes), height, width)."""
+    kind = np.float16 if half else np.float32
+    shape = anchors * (5 + class_count)
+    return [(rng.standard_normal((batch, shape, *size)) * 3 - 2).astype(kind) for size in sizes]
+
+
+def decode(machine: Machine, heads: Sequence[np.ndarray], layer: YoloLayer, variant: Variant) -> np.ndarray:
+    """What yololayer.cu makes of the heads."""
+    anchors = tuple(tuple((float(w), float(h)) for w, h in level) for level in layer.anchors)
+    half = heads[0].dtype == np.float16
+    kernel = YoloLayerKernel(machine.device, anchors, layer.strides, layer.class_count, variant, half=half)
+    sizes = [head.shape[2:] for head in heads]
+    batch = heads[0].shape[0]
+    buffers = [machine.upload(head) for head in heads]
+    output = machine.upload(np.full((batch, kernel.row_count(sizes), kernel.row_values), np.nan, np.float32))
+    kernel.launch([machine.address(buffer) for buffer in buffers], sizes, batch, machine.address(output))
+    return machine.download(output)
+
+
+def decode_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """The largest deviation of full or best rows, in units of float32's last place at the row's largest side.
+
+    A coordinate is computed from values as large as the row's centre and size, so their last place is its own.
+    """
+    scale = np.abs(expected[..., :4]).max(-1, keepdims=True)
+    boxes = np.abs(actual[..., :4] - expected[..., :4]) / np.spacing(np.maximum(scale, 1).astype(np.float32))
+    rest = np.abs(actual[..., 4:] - expected[..., 4:]) / np.spacing(np.maximum(np.abs(expected[..., 4:]), 1e-30))
+    return float(max(boxes.max(), rest.max()))
+
+
+# --- non-maximum suppression -----------------------------------------------------------------------------------------
+
+
+def nms_rows(rng: np.random.Generator, batch: int, count: int, *, classes: int, crowded: bool) -> np.ndarray:
+    """Random `best` rows; crowded ones have few distinct corners and scores, so that everything ties."""
+    rows = np.empty((batch, count, BEST_VALUES), np.float32)
+    if crowded:
+        rows[..., :2] = rng.integers(0, 12, (batch, count, 2)) * 4
+        rows[..., 2:4] = rows[..., :2] + rng.integers(0, 6, (batch, count, 2)) * 4  # some without area
+        rows[..., 4] = rng.integers(0, 9, (batch, count)) / np.float32(8)
+    else:
+        centre, side = rng.random((batch, count, 2)) * 640, rng.random((batch, count, 2)) ** 2 * 200
+        rows[..., :2], rows[..., 2:4] = centre - side / 2, centre + side / 2
+        rows[..., 4] = rng.random((batch, count)) ** 3
+    rows[..., 5] = rng.integers(0, classes, (batch, count))
+    return rows
+
+
+def suppress(
+    machine: Machine, rows: np.ndarray, options: NmsOptions, *, classes: int, threads: int = 1024
+) -> list[Boxes]:
+    """What nms.cu makes of `best` rows; its memory is dirty before."""
+    layout = NmsLayout(rows.shape[0], rows.shape[1], options.max_detections, threads)
+    kernel = NmsKernel(machine.device, layout, options)
+    mask = NmsKernel.class_mask(options, classes)
+    row_buffer, mask_buffer = machine.upload(rows), None if mask is None else machine.upload(mask)
+    workspace = machine.upload(np.full(layout.workspace_bytes, 0xA5, np.uint8))
+    output = machine.upload(np.full(layout.output_bytes, 0xA5, np.uint8))
+    mask_address = 0 if mask_buffer is None else machine.address(mask_buffer)
+    kernel.launch(machine.address(row_buffer), machine.address(workspace), machine.address(output), mask_address)
+    return layout.detections(machine.download(output))
+
+
+def expected_suppression(rows: np.ndarray, options: NmsOptions) -> Boxes:
+    """The CPU's answer for the `best` rows of one picture."""
+    rows = rows[rows[:, 4] > np.float32(options.confidence)]
+    if options.classes is not None:
+        rows = rows[np.isin(rows[:, 5], options.classes)]
+    rows = rows[np.argsort(-rows[:, 4], kind="stable")[:MAX_CANDIDATES]]
+    boxes = Boxes(rows[:, :4], rows[:, 4], rows[:, 5].astype(np.int64))
+    return boxes.take(greedy_nms(boxes, options.iou, options.max_detections, agnostic=options.agnostic))
+
+
+def nms_case(rng: np.random.Generator, most_rows: int) -> tuple[np.ndarray, NmsOptions, int]:
+    """Random rows, options and class count."""
+    classes = int(rng.choice([1, 2, 5, 80]))
+    crowded = bool(rng.random() < 0.6)
+    count = int(rng.choice([1, 2, 31, 255, 256, 257, 512, 513, 1024, int(rng.integers(1, most_rows))]))
+    rows = nms_rows(rng, int(rng.integers(1, 4)), count, classes=classes, crowded=crowded)
+    options = NmsOptions(
+        confidence=float(rng.choice([0.0, 0.25, 0.5, 0.99, 1.0])),
+        iou=float(rng.choice([0.0, 0.25, 0.45, 0.5, 1.0])),
+        max_detections=int(rng.choice([0, 1, 10, 300, 1000])),
+        classes=None if rng.random() < 0.7 else tuple(int(c) for c in rng.integers(0, classes, 2)),
+        agnostic=bool(rng.random() < 0.3),
+    )
+    return rows, options, classes
+
+
+def exact_overlap_case(rng: np.random.Generator) -> tuple[np.ndarray, NmsOptions]:
+    """Two boxes whose overlap is exactly the threshold, as float32 operations in the reference's order give it."""
+    first = rng.uniform(0, 300, 4).astype(np.float32)
+    first[2:] += first[:2] + 50
+    second = first + rng.uniform(-20, 20, 4).astype(np.float32)
+    sides = np.minimum(first[2:], second[2:]) - np.maximum(first[:2], second[:2])
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
+    intersection = sides[0] * sides[1]
+    overlap = intersection / (areas[0] + areas[1] - intersection)
+    rows = np.array([[[*first, 0.9, 0], [*second, 0.8, 0]]], np.float32)
+    return rows, NmsOptions(iou=float(overlap), max_detections=10)
+
+
+def same_boxes(actual: Boxes, expected: Boxes) -> bool:
+    """Whether boxes, scores, classes and their order are equal, bit for bit."""
+    return (
+        np.array_equal(actual.xyxy, expected.xyxy)
+        and np.array_equal(actual.confidence, expected.confidence)
+        and np.array_equal(actual.class_id, expected.class_id)
+    )
