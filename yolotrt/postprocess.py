@@ -230,12 +230,12 @@ def _overlaps(box: Float, area: np.float32, others: Float, areas: Float) -> Floa
 
 def _select_classes(rows: Float, options: NmsOptions) -> Boxes:
     """One box for each row's best class, or for all its classes, whose confidence is high enough."""
-    scores = rows[:, BOX_VALUES:] * rows[:, 4:5]  # (n, classes)
     if options.multi_label:
+        scores = rows[:, BOX_VALUES:] * rows[:, 4:5]  # (n, classes)
         row, class_id = np.nonzero(scores > options.confidence)
         return Boxes(_corners(rows[row, :4]), scores[row, class_id], class_id)
-    class_id = scores.argmax(1)
-    confidence = np.take_along_axis(scores, class_id[:, None], 1)[:, 0]
+    class_id = rows[:, BOX_VALUES:].argmax(1)
+    confidence = np.take_along_axis(rows[:, BOX_VALUES:], class_id[:, None], 1)[:, 0] * rows[:, 4]
     boxes = Boxes(_corners(rows[:, :4]), confidence, class_id)
     return boxes.take(confidence > options.confidence)
 
