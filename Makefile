@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Your own: make demo WEIGHTS=yolov5s.pt SOURCE=pictures/
+# Your own: make demo WEIGHTS=yolov5s.wts SOURCE="pictures/ more.jpg"
 WEIGHTS ?=
 SOURCE ?= samples/
 PYTEST_ARGS ?=
@@ -32,7 +32,10 @@ $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo 'Python 3.10 or newer is needed: name one, as in make demo PYTHON=python3.11' >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) runs yolotrt.engine build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs yolotrt.engine build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

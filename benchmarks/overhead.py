@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from yolotrt import Detector
-from yolotrt.engines.build import open_session
+from yolotrt.engines.build import find_backend, open_session
 from yolotrt.media.images import read_image
 
 BUDGET_RATIO = 1.10
@@ -41,7 +41,7 @@ def main() -> None:
     budget = BUDGET_RATIO * engine_ms + BUDGET_MS
     print(
         f"{platform.processor() or platform.machine()}, {options.threads} threads, OpenCV {cv2.__version__}, "
-        f"{detector.engine.header.backend} {detector.engine.header.backend_version}, "
+        f"{detector.engine.header.backend} {find_backend(detector.engine.header.backend).version()}, "
         f"{options.picture.name} {image.shape[1]}x{image.shape[0]}, median of {options.runs}"
     )
     print(f"| Detector(image) | engine alone | ratio | {BUDGET_RATIO:.2f} x engine + {BUDGET_MS:g} ms |")

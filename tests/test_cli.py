@@ -99,8 +99,9 @@ def test_without_options_the_demo_model_finds_the_sample_pictures_signs(run):
     assert "the demo model" in built.out
     assert "12 classes, 640x640, batch 1, fp32" in built.out
     found = output_lines(run("-d", "--no-save"))
-    assert found[0].startswith("7 pictures: ")
-    assert " stop" in found[0]
+    assert re.fullmatch(r"no source given: taking the sample pictures \(.*samples\)", found[0])
+    assert found[1].startswith("7 pictures: ")
+    assert " stop" in found[1]
 
 
 @pytest.mark.parametrize("suffix", [".wts", ".safetensors"])
@@ -153,7 +154,7 @@ def test_the_raw_plan_is_the_engine_without_its_header(run, tiny_weights):
 
 def test_a_checkpoint_is_built_and_what_was_inferred_is_said(run, golden):
     result = run("-s", "--weights", golden / "weights" / "pv_nc5_v70.pt").assert_succeeds()
-    assert "yolotrt.engine: 5 classes, 640x640" in result.out
+    assert "yolotrt.engine (replaced): 5 classes, 640x640" in result.out
     save_weights(load_weights(golden / "weights" / "pv_nc5_v70.pt"), "full.wts")
     counted = [line for line in Path("full.wts").read_text().splitlines() if not line.startswith("#")]
     Path("bare.wts").write_text("\n".join(counted) + "\n")
@@ -201,7 +202,39 @@ def test_every_kind_of_source_is_detected(run, sources, expected):
 
 def test_without_a_source_the_samples_are_detected(run):
     shutil.move("pictures", "samples")
-    assert output_lines(run("-d"))[0].startswith("2 pictures: ")
+    lines = output_lines(run("-d"))
+    assert lines[0] == "no source given: taking the sample pictures (samples)"
+    assert lines[1].startswith("2 pictures: ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("-d pictures --weights other.pt", "--weights belongs to -s and has no effect on -d: leave it out"),
+        ("-d pictures --imgsz 320", "--imgsz belongs to -s"),
+        ("-s --conf 0.9", "--conf belongs to -d and has no effect on -s"),
+        ("-s --save-txt", "--save-txt belongs to -d"),
+        ("--info yolotrt.engine --conf 0.9", "--conf belongs to -d and has no effect on --info"),
+        ("-d pictures --classes cat lion", "class 'lion' does not exist: the model has classes 0 to 2: cat, dog, bird"),
+        ("-d yolotrt.engine", r"source yolotrt\.engine is a model, not a picture: build with -s --weights"),
+        ("-s --weights yolov5s.pt", r"weights yolov5s\.pt do not exist: python gen_wts\.py -w yolov5s\.pt downloads"),
+    ],
+)
+def test_what_would_be_ignored_or_misread_is_refused(run, argv, message):
+    before = files()
+    run(*argv.split()).assert_fails(2, message)
+    assert files() == before
+
+
+def test_sources_of_two_d_options_add_up(run):
+    assert output_lines(run("-d", "pictures/a.png", "-d", "pictures/b.png", "--no-save"))[0].startswith("2 pictures")
+
+
+def test_classes_may_be_named(run):
+    for name in ("cat", "0"):
+        run("-d", "pictures", "--classes", name, "--no-save", "--save-json", f"{name}.json").assert_succeeds()
+    assert Path("cat.json").read_text() == Path("0.json").read_text()
+    assert '"name": "cat"' in Path("cat.json").read_text()
 
 
 @pytest.mark.parametrize(
@@ -489,7 +522,7 @@ def test_a_whole_batch_of_broken_pictures_is_passed_over(run, tiny_weights):
     [
         ("a.jpg", b"", r"picture a\.jpg is empty"),
         ("a.jpg", b"hello", r"picture a\.jpg cannot be decoded"),
-        ("a.engine", b"\x05\x00\x00\x00{}", r"picture a\.engine cannot be decoded"),
+        ("a.bin", b"\x05\x00\x00\x00{}", r"picture a\.bin cannot be decoded"),
         ("a.png", b"\x89PNG\r\n\x1a\n" + bytes(20), r"picture a\.png is truncated"),
     ],
 )
@@ -615,7 +648,9 @@ def test_an_engine_under_the_default_name_is_asked_for(run):
 def test_a_failure_in_the_middle_keeps_what_was_found(run, monkeypatch):
     make_ten_pictures("x.txt", b"")
     monkeypatch.setattr("yolotrt.media.results.write_image", fails_at(4, OSError("the disk is on fire")))
-    run("-d", "ten", "--save-json", "found.json").assert_fails(1, r"unexpected OSError \(the disk is on fire\): run it")
+    run("-d", "ten", "--save-json", "found.json").assert_fails(
+        1, r"the system refused it \(the disk is on fire\): check files"
+    )
     assert len(json.loads(Path("found.json").read_text())) == 4
 
 

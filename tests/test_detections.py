@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from yolotrt import Detections
+from yolotrt.errors import BackendUnavailableError
 
 NAMES = ("person", "bus", "tie")
 
@@ -102,7 +103,7 @@ def test_supervision_can_filter_and_annotate():
     assert make((1, 0, 1)).xyxy.min() == 0
 
 
-def test_a_missing_supervision_is_an_import_error(monkeypatch):
+def test_a_missing_supervision_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "supervision", None)
-    with pytest.raises(ModuleNotFoundError):
+    with pytest.raises(BackendUnavailableError, match="run pip install supervision"):
         make().to_supervision()

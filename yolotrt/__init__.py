@@ -6,7 +6,7 @@
     detections = Detector("yolov5s.engine")("bus.jpg")
     print(detections.names, detections.confidence, detections.xyxy)
 
-Importing this package imports NumPy and nothing heavier; the rest is loaded when first used.
+Importing this package imports nothing heavy; each part is loaded when it is first used.
 """
 
 from __future__ import annotations

@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     """Parse the arguments and run their command."""
     options = _parse(argv)
+    _check_options_fit(options)
     logging.basicConfig(
         level=logging.DEBUG if options.debug else logging.INFO if options.verbose else logging.WARNING,
         format=f"{PROGRAM}: %(message)s",
@@ -98,10 +99,32 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show tracebacks and all log messages")
     parser.add_argument("-v", "--verbose", action="store_true", help="say more")
     _add_commands(parser)
-    _add_build_options(parser.add_argument_group("building (-s)"))
-    _add_detect_options(parser.add_argument_group("detecting (-d)"))
+    _add_build_options(_options_of(serialize, parser.add_argument_group("building (-s)")))
+    _add_detect_options(_options_of(detect, parser.add_argument_group("detecting (-d)")))
     parser.add_argument("--engine", type=Path, default=DEFAULT_ENGINE, metavar="FILE", help=ENGINE_HELP)
     return parser
+
+
+_COMMAND_OF_OPTION: dict[str, tuple[str, Any, Callable[[argparse.Namespace], int]]] = {}
+"""By destination: the option, its default and the command that it belongs to."""
+
+
+def _options_of(command: Callable[[argparse.Namespace], int], group: Any) -> Callable[..., None]:
+    """A function like `group.add_argument` that notes whose option it is."""
+
+    def add(*names: str, **properties: Any) -> None:
+        action = group.add_argument(*names, **properties)
+        _COMMAND_OF_OPTION[action.dest] = names[0], action.default, command
+
+    return add
+
+
+def _check_options_fit(options: argparse.Namespace) -> None:
+    """An option of another command is a mistake: it would have no effect, and the user thinks it has."""
+    for destination, (name, default, command) in _COMMAND_OF_OPTION.items():
+        if command is not options.command and getattr(options, destination) != default:
+            used, own = (_COMMAND_NAMES.get(function, "--info") for function in (options.command, command))
+            raise InputError(f"{name} belongs to {own} and has no effect on {used}: leave it out")
 
 
 def _add_commands(parser: argparse.ArgumentParser) -> None:
@@ -138,67 +161,63 @@ class _SetCommand(argparse.Action):
 
     def __call__(self, _parser: Any, namespace: argparse.Namespace, values: Any, _option: Any = None) -> None:
         namespace.command = self._command
-        setattr(namespace, self.dest, values)
+        earlier = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, earlier + values if isinstance(earlier, list) else values)
 
 
-def _add_build_options(group: Any) -> None:
+def _add_build_options(add: Callable[..., None]) -> None:
     from yolotrt.engines.base import PRECISIONS
     from yolotrt.engines.build import AUTO, BACKENDS
 
-    group.add_argument(
-        "--weights", metavar="FILE", help=".wts, .safetensors or .pt file (default: the demo model, road signs)"
-    )
-    group.add_argument("--precision", choices=PRECISIONS, help="default: fp16 on a GPU, fp32 on a CPU")
-    group.add_argument(
+    add("--weights", metavar="FILE", help=".wts, .safetensors or .pt file (default: the demo model, road signs)")
+    add("--precision", choices=PRECISIONS, help="default: fp16 on a GPU, fp32 on a CPU")
+    add(
         "--imgsz",
         type=int,
         nargs="+",
         metavar="N",
         help="input size in pixels: N, or HEIGHT WIDTH (default: the model's)",
     )
-    group.add_argument("--batch", type=int, metavar="N", help="static batch size (default: 1)")
-    group.add_argument("--min-batch", type=int, metavar="N", help="smallest size of a dynamic batch (default: 1)")
-    group.add_argument(
-        "--opt-batch", type=int, metavar="N", help="the batch size to be fastest for (default: the largest)"
-    )
-    group.add_argument("--max-batch", type=int, metavar="N", help="largest size of a dynamic batch")
-    group.add_argument(
-        "--backend", choices=(AUTO, *BACKENDS), default=AUTO, help="default: the best one that runs here"
-    )
-    group.add_argument("--workspace", type=int, metavar="MIB", help="limit of TensorRT's scratch memory")
-    group.add_argument("--raw-plan", type=Path, metavar="FILE", help="write the bare plan (or ONNX model) as well")
+    add("--batch", type=int, metavar="N", help="static batch size (default: 1)")
+    add("--min-batch", type=int, metavar="N", help="smallest size of a dynamic batch (default: 1)")
+    add("--opt-batch", type=int, metavar="N", help="the batch size to be fastest for (default: the largest)")
+    add("--max-batch", type=int, metavar="N", help="largest size of a dynamic batch")
+    add("--backend", choices=(AUTO, *BACKENDS), default=AUTO, help="default: the best one that runs here")
+    add("--workspace", type=int, metavar="MIB", help="limit of TensorRT's scratch memory")
+    add("--raw-plan", type=Path, metavar="FILE", help="write the bare plan (or ONNX model) as well")
 
 
-def _add_detect_options(group: Any) -> None:
-    group.add_argument(
-        "--conf", type=float, default=0.25, metavar="C", help="least confidence, 0 to 1 (default: %(default)s)"
-    )
-    group.add_argument(
+def _class(text: str) -> int | str:
+    """A class index where the text is a number, else a name."""
+    return int(text) if text.isdecimal() else text
+
+
+def _add_detect_options(add: Callable[..., None]) -> None:
+    add("--conf", type=float, default=0.25, metavar="C", help="least confidence, 0 to 1 (default: %(default)s)")
+    add(
         "--iou",
         type=float,
         default=0.45,
         metavar="I",
         help="overlap of boxes above which NMS drops one, 0 to 1 (default: %(default)s)",
     )
-    group.add_argument(
-        "--max-det", type=int, default=300, metavar="N", help="detections a picture (default: %(default)s)"
-    )
-    group.add_argument("--classes", type=int, nargs="+", metavar="K", help="only these class indices")
-    group.add_argument("--agnostic-nms", action="store_true", help="boxes of different classes suppress each other")
-    group.add_argument("--threads", type=int, metavar="N", help="CPU threads of ONNX Runtime (default: all cores)")
-    group.add_argument(
+    add("--max-det", type=int, default=300, metavar="N", help="detections a picture (default: %(default)s)")
+    add("--classes", type=_class, nargs="+", metavar="CLASS", help="only these classes: names or indices")
+    add("--agnostic-nms", action="store_true", help="boxes of different classes suppress each other")
+    add("--threads", type=int, metavar="N", help="CPU threads of ONNX Runtime (default: all cores)")
+    add(
         "--out",
         type=Path,
         default=DEFAULT_OUTPUT,
         metavar="DIR",
         help="results folder; a number is added if it exists (default: %(default)s)",
     )
-    group.add_argument("--exist-ok", action="store_true", help="write into an existing --out, replacing results there")
-    group.add_argument("--no-save", action="store_true", help="write no pictures")
-    group.add_argument("--save-txt", action="store_true", help="write YOLO labels: class x y w h, normalised")
-    group.add_argument("--save-conf", action="store_true", help="add the confidence to --save-txt")
-    group.add_argument("--save-json", type=Path, metavar="FILE", help="write all detections to one JSON file")
-    group.add_argument("--show", action="store_true", help="show each picture; any key goes on, q quits")
+    add("--exist-ok", action="store_true", help="write into an existing --out, replacing results there")
+    add("--no-save", action="store_true", help="write no pictures")
+    add("--save-txt", action="store_true", help="write YOLO labels: class x y w h, normalised")
+    add("--save-conf", action="store_true", help="add the confidence to --save-txt")
+    add("--save-json", type=Path, metavar="FILE", help="write all detections to one JSON file")
+    add("--show", action="store_true", help="show each picture; any key goes on, q quits")
 
 
 def serialize(options: argparse.Namespace) -> int:
@@ -217,6 +236,7 @@ def serialize(options: argparse.Namespace) -> int:
     weights = load_weights(options.weights)
     for conclusion in weights.metadata.inferred:
         print(printable(f"{options.weights}: inferred {conclusion}"))
+    replaced = " (replaced)" if options.engine.exists() else ""
     engine = build_engine(weights, options.engine, backend=options.backend, options=build_options)
     if options.raw_plan is not None:
         with atomic_write(options.raw_plan) as file:
@@ -224,7 +244,8 @@ def serialize(options: argparse.Namespace) -> int:
     header = engine.header
     low, _, high = header.batch_range
     print(
-        f"{printable(str(options.engine))}: {len(header.model.names)} classes, {header.imgsz[0]}x{header.imgsz[1]}, "
+        f"{printable(str(options.engine))}{replaced}: {len(header.model.names)} classes, "
+        f"{header.imgsz[0]}x{header.imgsz[1]}, "
         f"batch {low if low == high else f'{low} to {high}'}, {header.precision}, "
         f"{header.backend} {header.backend_version}, {header.plan_size / 1e6:.1f} MB, "
         f"{time.perf_counter() - began:.1f} s"
@@ -403,7 +424,9 @@ def _default_sources() -> list[Path]:
     """samples/ of the current folder, or else the pictures that come with the package."""
     from yolotrt.assets import sample_pictures
 
-    return [DEFAULT_SAMPLES if DEFAULT_SAMPLES.is_dir() else sample_pictures()]
+    folder = DEFAULT_SAMPLES if DEFAULT_SAMPLES.is_dir() else sample_pictures()
+    print(f"no source given: taking the sample pictures ({printable(str(folder))})")
+    return [folder]
 
 
 def _check_detect_options(options: argparse.Namespace) -> None:
@@ -465,3 +488,7 @@ def info(options: argparse.Namespace) -> int:
 
     print(describe(Path(options.info_file)))
     return 0
+
+
+_COMMAND_NAMES: dict[Callable[[argparse.Namespace], int], str] = {serialize: "-s", detect: "-d", info: "--info"}
+"""How each command is called."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from yolotrt.errors import BackendUnavailableError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -69,9 +71,14 @@ class Detections:
         """Convert to a `supervision.Detections`, with the names under ``data["class_name"]``.
 
         Raises:
-            ModuleNotFoundError: if the package supervision is not installed.
+            BackendUnavailableError: if the package supervision is not installed.
         """
-        import supervision
+        try:
+            import supervision
+        except ImportError as problem:
+            raise BackendUnavailableError(
+                f"supervision cannot be loaded ({problem}): run pip install supervision"
+            ) from problem
 
         return supervision.Detections(
             xyxy=self.xyxy.copy(),

@@ -61,7 +61,7 @@ class Detector:
         confidence: float = 0.25,
         iou: float = 0.45,
         max_detections: int = 300,
-        classes: Sequence[int] | None = None,
+        classes: Sequence[int | str] | None = None,
         agnostic: bool = False,
         threads: int | None = None,
     ) -> None:
@@ -72,7 +72,7 @@ class Detector:
             confidence: Detections need more than this, 0..1.
             iou: A box that overlaps a better one of its class by more than this is dropped, 0..1.
             max_detections: Detections a picture at most, 1..30000.
-            classes: Class indices to look for; None looks for all.
+            classes: Class indices or names to look for; None looks for all.
             agnostic: Whether boxes of different classes suppress each other.
             threads: CPU threads of ONNX Runtime; None takes one a physical core.
 
@@ -84,8 +84,7 @@ class Detector:
         self.engine = engine if isinstance(engine, EngineFile) else EngineFile.load(engine)
         model = self.engine.header.model
         self.options = _checked_options(
-            NmsOptions(confidence, iou, max_detections, None if classes is None else tuple(classes), agnostic=agnostic),
-            model.names,
+            NmsOptions(confidence, iou, max_detections, _class_indices(classes, model.names), agnostic=agnostic)
         )
         self.timing = Timing()
         self._yolo_layer = YoloLayer(model.anchors, model.strides, len(model.names))
@@ -206,15 +205,27 @@ def _size(image: Image) -> tuple[int, int]:
     return image.shape[0], image.shape[1]
 
 
-def _checked_options(options: NmsOptions, names: tuple[str, ...]) -> NmsOptions:
+def _class_indices(classes: Sequence[int | str] | None, names: tuple[str, ...]) -> tuple[int, ...] | None:
+    """Indices of the classes, each given as an index or a name."""
+    if classes is None:
+        return None
+    if isinstance(classes, str | int):
+        raise InputError(f"classes {classes!r} is one class: pass a list")
+    for item in classes:
+        if item not in names if isinstance(item, str) else not 0 <= item < len(names):
+            raise InputError(
+                f"class {item!r} does not exist: the model has classes 0 to {len(names) - 1}: "
+                f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+            )
+    return tuple(names.index(item) if isinstance(item, str) else int(item) for item in classes)
+
+
+def _checked_options(options: NmsOptions) -> NmsOptions:
     """`options`, if they are in range."""
     for name, value in (("confidence", options.confidence), ("iou", options.iou)):
-        if not 0 <= value <= 1:
+        if not isinstance(value, int | float) or not 0 <= value <= 1:
             raise InputError(f"{name} {value} is out of range: choose a value from 0 to 1")
-    if not 1 <= options.max_detections <= MAX_DETECTIONS_LIMIT:
+    count = options.max_detections
+    if not isinstance(count, int) or not 1 <= count <= MAX_DETECTIONS_LIMIT:
         raise InputError(f"max_detections {options.max_detections}: choose a number from 1 to {MAX_DETECTIONS_LIMIT}")
-    if options.classes is not None:
-        for index in options.classes:
-            if not 0 <= index < len(names):
-                raise InputError(f"class {index} does not exist: the model has classes 0 to {len(names) - 1}")
     return options

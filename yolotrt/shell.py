@@ -26,7 +26,8 @@ def run_command(program: str, command: Callable[[], int], *, debug: bool = False
     """
     try:
         status = command()
-        sys.stdout.flush()  # a broken pipe must show here, not when the interpreter ends
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a broken pipe must show here, not when the interpreter ends
     except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -65,6 +66,8 @@ def _explain(problem: Exception) -> tuple[str, int]:
         return str(problem), problem.exit_status
     if isinstance(problem, ImportError) and (problem.name == "cv2" or "libGL" in str(problem)):
         return f"OpenCV cannot be loaded ({problem}): install libgl1, or opencv-python-headless in its place", 1
+    if isinstance(problem, OSError):
+        return f"the system refused it ({problem.strerror or problem}): check files, folders and free space", 1
     if isinstance(problem, MemoryError):
         return "out of memory: use a smaller --imgsz or --batch", 1
     return f"unexpected {type(problem).__name__} ({problem}): run it again with --debug and report what it prints", 1

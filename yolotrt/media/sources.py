@@ -19,6 +19,9 @@ VIDEO_SUFFIXES = (
 )  # fmt: skip
 """File name endings of moving pictures."""
 
+MODEL_SUFFIXES = (".pt", ".pth", ".wts", ".safetensors", ".onnx", ".engine", ".plan")
+"""File name endings of models, which some people pass as a source."""
+
 _LISTED_PROBLEMS = 5
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one slash: pathlib has already merged the two of a URL in a Path
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")
@@ -67,6 +70,8 @@ def _expand(source: str | Path) -> list[Path]:
         if path.is_dir():
             return _folder(path)
         _refuse_video(path, f"source {path}")
+        if path.suffix.lower() in MODEL_SUFFIXES and path.is_file():
+            raise InputError(f"source {path} is a model, not a picture: build with -s --weights, detect with --engine")
         if path.exists():
             return _list(path) if path.suffix.lower() == ".txt" else [path]
         if _GLOB_CHARACTERS.search(str(path)):

@@ -105,9 +105,7 @@ class NetworkBuilder:
         """Add one row of the yaml."""
         known = BLOCKS.get(layer.block)
         if known is None:
-            raise GraphError(
-                f"{layer} is a block that this version does not know: known are {', '.join(sorted(BLOCKS))}"
-            )
+            raise GraphError(self._unknown(layer))
         inputs = [tensors[source] for source in layer.sources]
         if not inputs or any(isinstance(tensor, dict) for tensor in inputs):
             raise GraphError(f"{layer} reads from layers {layer.sources}, which give no tensor")
@@ -121,6 +119,15 @@ class NetworkBuilder:
             raise GraphError(f"{layer} cannot take the arguments {layer.args!r:.120} ({problem})") from problem
         except (AttributeError, RuntimeError) as problem:
             raise NetworkError(f"{layer}: the library failed ({problem}): report this with its version") from problem
+
+    def _unknown(self, layer: Layer) -> str:
+        """The message for a block that is not there; says which YOLOv5 the model is."""
+        metadata = self._ops.weights.metadata
+        release = f", of YOLOv5 {metadata.version}" if metadata.version else ""
+        return (
+            f"{layer} is a block that this version does not know; the model is for the task {metadata.task}{release}, "
+            f"and detection models of v6.0 to v7.0 are what works: known blocks are {', '.join(sorted(BLOCKS))}"
+        )
 
     def _call(self, layer: Layer, known: Block, x: Any) -> Any:
         """Call the block's function with the yaml's arguments, as YOLOv5's parse_model passes them."""

@@ -53,6 +53,10 @@ def load_weights(path: str | Path) -> Weights:
         WeightsError: if the file is missing, empty, damaged or something else; the message says what it seems to be.
         CheckpointError: if it is a checkpoint that the restricted reader refuses.
     """
+    from yolotrt.weights.official import OFFICIAL_NAMES
+
+    if Path(path).name in OFFICIAL_NAMES and not Path(path).exists():
+        raise WeightsError(f"weights {path} do not exist: python gen_wts.py -w {path} downloads the official file")
     file = require_file(Path(path), "weights", WeightsError)
     try:
         with file.open("rb") as stream:
