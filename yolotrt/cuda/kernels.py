@@ -154,8 +154,10 @@ class LetterboxKernel:
 
 # --- YoloLayer -------------------------------------------------------------------------------------------------------
 
-_YOLOLAYER_ROWS = 32
-_YOLOLAYER_BLOCK = (256, 1, 1)
+YOLOLAYER_ROWS = 32
+"""Rows of one picture that a block of yololayer.cu makes."""
+
+YOLOLAYER_BLOCK = (256, 1, 1)
 
 
 def yololayer_defines(
@@ -190,7 +192,7 @@ def yololayer_defines(
 
 def yololayer_grid(rows: int, batch: int) -> _Dim3:
     """Blocks of yololayer.cu for `rows` rows a picture."""
-    return -(-rows // _YOLOLAYER_ROWS), batch, 1
+    return -(-rows // YOLOLAYER_ROWS), batch, 1
 
 
 class YoloLayerKernel:
@@ -235,7 +237,7 @@ class YoloLayerKernel:
         cells = (np.int32(side) for size in sizes for side in size)
         arguments = (*map(np.uint64, heads), np.int32(batch), *cells, np.uint64(output))
         grid = yololayer_grid(self.row_count(sizes), batch)
-        self._device.launch(self._function, grid, _YOLOLAYER_BLOCK, arguments, stream)
+        self._device.launch(self._function, grid, YOLOLAYER_BLOCK, arguments, stream)
 
 
 # --- non-maximum suppression -----------------------------------------------------------------------------------------
