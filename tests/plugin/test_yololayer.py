@@ -253,10 +253,12 @@ def test_what_does_not_fit_is_one_clear_line(report, name):
     assert re.fullmatch(r".+: .+", result["message"])
 
 
-def test_a_tensorrt_that_misreads_numpys_arrays_is_noticed(bindings):
+def test_a_tensorrt_that_misreads_numpys_arrays_is_noticed(bindings, tmp_path):
     if int(np.__version__.split(".")[0]) < 2:
         pytest.skip("needs NumPy 2")
-    report = bindings.run(DRIVER, {"cases": [GOOD.request()]}, with_numpy_1=False)
+    report = bindings.run(
+        DRIVER, {"cases": [GOOD.request()]}, with_numpy_1=False, variables={"YOLOTRT_CACHE_DIR": str(tmp_path)}
+    )
     if bindings.version.startswith("10.13"):
         assert report["reason"] == f"tensorrt {bindings.version} misreads the arrays of NumPy {np.__version__}"
         assert report["cases"][0]["error"] == "BackendUnavailableError"
