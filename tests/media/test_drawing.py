@@ -68,6 +68,7 @@ def test_a_box_at_the_edge_keeps_its_whole_line(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_most_confident_is_on_top(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_labels(monkeypatch)  # which make way for each other
     rows = [(20, 40, 120, 140, 0.4, 1), (20, 40, 120, 140, 0.8, 0), (20, 40, 120, 140, 0.6, 1)]
     image = draw(grey(200, 200), found(200, 200, *rows))
     assert has_color(image, class_color(0))
@@ -78,12 +79,59 @@ def test_the_most_confident_is_on_top(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_box_crosses_a_label() -> None:
     label_only = draw(grey(300, 300), found(300, 300, (100, 100, 200, 200, 0.5, 0)))
-    crossed = draw(grey(300, 300), found(300, 300, (110, 20, 180, 280, 0.9, 1), (100, 100, 200, 200, 0.5, 0)))
+    crossed = draw(grey(300, 300), found(300, 300, (120, 2, 298, 298, 0.9, 1), (100, 100, 200, 200, 0.5, 0)))
     label_rows = slice(100 - 14, 100 - 4)  # inside the label above the box
     np.testing.assert_array_equal(label_only[label_rows, 100:150], crossed[label_rows, 100:150])
 
 
 # --- labels ---
+
+
+def placed_labels(monkeypatch: pytest.MonkeyPatch, size: int, *rows: tuple[float, ...]) -> list[np.ndarray]:
+    """The rectangle of every label, least confident first."""
+    placed = []
+    monkeypatch.setattr(
+        drawing,
+        "_draw_label",
+        lambda _, label, style: placed.append(
+            np.array((label.left, label.top, label.left + label.width, label.top + style.label_height))
+        ),
+    )
+    draw(grey(size, size), found(size, size, *rows))
+    return placed
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> int:
+    sides = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
+    return int(np.maximum(sides, 0).prod())
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(200, y, 230, y + 30, 0.9 - y / 1000, y % 5) for y in (200, 232, 264)],  # three signs on a pole
+        [(x, 300, x + 40, 340, 0.9 - x / 1000, 1) for x in (100, 145, 190, 235)],  # side by side
+        [(200, 200, 300, 300, 0.9, 0), (200, 200, 300, 300, 0.8, 1)],  # one on the other
+        [(20, 0, 80, 60, 0.9, 0), (85, 0, 145, 60, 0.8, 1)],  # at the upper edge
+    ],
+)
+def test_labels_hide_neither_each_other_nor_another_box(monkeypatch: pytest.MonkeyPatch, rows: list) -> None:
+    labels = placed_labels(monkeypatch, 600, *rows)
+    assert len(labels) == len(rows)
+    for index, label in enumerate(labels):
+        assert (label >= 0).all() and (label <= 600).all()
+        assert all(overlap(label, other) == 0 for other in labels[:index])
+        boxes = [np.array(row[:4], int) for row in rows[::-1]]
+        own = boxes[index]
+        shares = [overlap(label, box) / ((box[2:] - box[:2]).prod()) for box in boxes if (box != own).any()]
+        assert max(shares, default=0) <= 0.03
+
+
+def test_a_label_that_hides_nothing_stands_above_its_box(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [(100, 100, 200, 200, 0.9, 0), (400, 400, 500, 500, 0.5, 1)]
+    for label, row in zip(placed_labels(monkeypatch, 600, *rows), rows[::-1], strict=True):
+        assert label[3] == pytest.approx(row[1], abs=2)
+        assert label[0] == pytest.approx(row[0], abs=2)
 
 
 def label_box(image: np.ndarray, box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import json
 import sys
@@ -28,7 +29,7 @@ from datasets import SIGN_FREE, Recipe, render_many  # noqa: E402
 
 from yolotrt import Detector, build_engine, load_weights  # noqa: E402
 from yolotrt.engines.build import open_session  # noqa: E402
-from yolotrt.errors import YolotrtError  # noqa: E402
+from yolotrt.errors import InputError, YolotrtError  # noqa: E402
 from yolotrt.files import require_file  # noqa: E402
 from yolotrt.media.images import read_image  # noqa: E402
 from yolotrt.postprocess import Boxes, NmsOptions, YoloLayer, non_max_suppression  # noqa: E402
@@ -138,6 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
+    if options.torch and importlib.util.find_spec("torch") is None:
+        raise InputError("PyTorch is not installed: run pip install torch, or leave it out with --no-torch")
     labels = json.loads(require_file(options.data / "instances.json", "labels").read_text())
     images = [read_image(options.data / "images" / image["file_name"]) for image in labels["images"]]
     sides = np.array([np.sqrt(item["area"]) for item in labels["annotations"]])

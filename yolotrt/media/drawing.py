@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -37,6 +38,10 @@ _ASCII_LETTERS = str.maketrans(
     {"ß": "ss", "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "đ": "d"}
 )
 _ELLIPSIS = ".."
+_HARMLESS_SHARE = 0.03
+"""A label may hide this share of other boxes before it looks for another place."""
+_LABEL_WEIGHT = 5
+"""Hiding a part of a label is worse than hiding the same part of an object."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,9 @@ def draw(
 ) -> npt.NDArray[np.uint8]:
     """Draw boxes and labels such as ``person 0.87`` into a copy of a picture; the most confident are on top.
 
-    Labels stay inside the picture: above their box, or inside it where there is no room above, shifted left at the
-    right edge, shortened if wider than the picture, and left out where not even a few letters would be legible.
+    Labels stay inside the picture: above their box, or where there is no room or another box or label is in the way,
+    below, beside or inside it; shortened if wider than the picture, and left out where not even a few letters would be
+    legible.
 
     OpenCV 5 draws Latin, Greek, Cyrillic, Hebrew, Arabic (unjoined), Chinese, Japanese and Korean names, OpenCV 4 ASCII
     only. Of other names accents are dropped; if that does not help, the class index ``#3`` stands for the name.
@@ -111,17 +117,19 @@ def draw(
     height, width = canvas.shape[:2]
     style = _style(height, width, line_width)
     boxes = _pixel_boxes(detections.xyxy, height, width)
-    labels = []
-    # Of equals the first is the better one, so it is drawn last.
-    for index in np.argsort(-detections.confidence, kind="stable")[::-1]:
+    # The best one chooses its label's place first and is drawn last; of equals that is the first.
+    order = np.argsort(-detections.confidence, kind="stable")
+    labels: list[_Label] = []
+    for index in order:
         class_id = int(detections.class_id[index])
         confidence = f"{detections.confidence[index]:.2f}" if show_confidence else ""
         text = _fitted_text(drawable_name(detections.class_names[class_id], class_id), confidence, style, width)
-        box = boxes[index]
-        _draw_box(canvas, box, class_color(class_id), style.line_width)
         if text and 2 * style.label_height <= height:
-            labels.append(_place_label(text, box, class_color(class_id), style, width, height))
-    for label in labels:  # after all boxes, so that no line crosses a text
+            left, top = _label_place(int(index), boxes, labels, style.text_width(text), style, (height, width))
+            labels.append(_Label(text, left, top, style.text_width(text), class_color(class_id)))
+    for index in order[::-1]:
+        _draw_box(canvas, boxes[index], class_color(int(detections.class_id[index])), style.line_width)
+    for label in labels[::-1]:  # after all boxes, so that no line crosses a text
         _draw_label(canvas, label, style)
     return canvas
 
@@ -221,16 +229,54 @@ def _fitted_text(name: str, confidence: str, style: _Style, width: int) -> str:
     return confidence if confidence and style.text_width(confidence) <= width else ""
 
 
-def _place_label(text: str, box: npt.NDArray[np.int64], color: Color, style: _Style, width: int, height: int) -> _Label:
-    """Put the label above its box, else below the box's upper edge; always inside the picture."""
+def _label_place(
+    index: int,
+    boxes: npt.NDArray[np.int64],
+    labels: Sequence[_Label],
+    label_width: int,
+    style: _Style,
+    size: tuple[int, int],
+) -> tuple[int, int]:
+    """Left and top of the label of box `index`, inside the picture: the first place where it hides little."""
+    places = _label_places(boxes[index], label_width, style, size)  # (places, 2)
+    if len(boxes) == 1:
+        return int(places[0, 0]), int(places[0, 1])
+    rectangles = np.concatenate([places, places + np.array((label_width, style.label_height))], 1)
+    others = np.delete(boxes, index, axis=0)
+    hidden = _hidden_shares(rectangles, others)
+    if labels:
+        taken = np.array([(a.left, a.top, a.left + a.width, a.top + style.label_height) for a in labels])
+        hidden += _LABEL_WEIGHT * _hidden_shares(rectangles, taken)
+    good = np.flatnonzero(hidden <= _HARMLESS_SHARE)
+    left, top = places[good[0] if good.size else hidden.argmin()]
+    return int(left), int(top)
+
+
+def _label_places(
+    box: npt.NDArray[np.int64], label_width: int, style: _Style, size: tuple[int, int]
+) -> npt.NDArray[np.int64]:
+    """Left and top of every place for a label, the usual ones first: above, below, beside; inside comes last."""
+    height, width = size
     outer = style.line_width // 2
-    label_width = style.text_width(text)
-    left = max(0, min(int(box[0]) - outer, width - label_width))
-    edge = int(box[1]) - outer
-    top = edge - style.label_height
-    if top < 0:
-        top = max(0, min(max(0, edge), height - style.label_height))
-    return _Label(text, left, top, label_width, color)
+    x1, y1, x2, y2 = (int(v) for v in (box[0] - outer, box[1] - outer, box[2] + outer + 1, box[3] + outer + 1))
+    above, below = y1 - style.label_height, y2
+    left, right = max(0, min(x1, width - label_width)), max(0, min(x2 - label_width, width - label_width))
+    inside = max(0, min(max(0, y1), height - style.label_height))
+    places = [(left, above), (right, above)] if above >= 0 else [(left, inside)]
+    if below + style.label_height <= height:
+        places += [(left, below), (right, below)]
+    places += [(x, inside) for x in (x2, x1 - label_width) if 0 <= x <= width - label_width]
+    return np.array([*places, (left, inside)])
+
+
+def _hidden_shares(rectangles: npt.NDArray[np.int64], others: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """For each rectangle (n, 4) the sum over `others` (m, 4) of the share of each that it covers."""
+    low = np.maximum(rectangles[:, None, :2], others[None, :, :2])
+    high = np.minimum(rectangles[:, None, 2:], others[None, :, 2:])
+    covered = np.maximum(high - low, 0).prod(2)  # (n, m)
+    areas = np.maximum(others[:, 2:] - others[:, :2], 1).prod(1)
+    shares: npt.NDArray[np.float64] = (covered / areas).sum(1)
+    return shares
 
 
 def _draw_label(canvas: npt.NDArray[np.uint8], label: _Label, style: _Style) -> None:
