@@ -271,7 +271,8 @@ def _as_float32(values: npt.NDArray[Any], kind: str) -> FloatArray:
     """A contiguous float32 copy. bfloat16 is the upper half of a float32, which NumPy does not know."""
     if kind == "BFloat16Storage":
         bits = np.array(values, np.uint32, order="C")
-        bits <<= 16  # in place, as NumPy turns an array without dimensions into a scalar otherwise
+        # in place, as NumPy makes a scalar of an array without dimensions; by a uint32, as NumPy 1 refuses an int
+        np.left_shift(bits, np.uint32(16), out=bits)
         return bits.view(np.float32)
     with np.errstate(over="ignore"):
         return np.array(values, np.float32, order="C")
