@@ -123,7 +123,7 @@ def _check_options_fit(options: argparse.Namespace) -> None:
     """An option of another command is a mistake: it would have no effect, and the user thinks it has."""
     for destination, (name, default, command) in _COMMAND_OF_OPTION.items():
         if command is not options.command and getattr(options, destination) != default:
-            used, own = (_COMMAND_NAMES.get(function, "--info") for function in (options.command, command))
+            used, own = (_COMMAND_NAMES[function] for function in (options.command, command))
             raise InputError(f"{name} belongs to {own} and has no effect on {used}: leave it out")
 
 
@@ -441,7 +441,7 @@ def _check_detect_options(options: argparse.Namespace) -> None:
         raise InputError("--save-conf adds to the files of --save-txt: give both")
     if options.show:
         _check_display()
-    if options.out is not None and options.out.exists() and not options.out.is_dir():
+    if options.out.exists() and not options.out.is_dir():
         raise OutputError(f"cannot write into {options.out}: it is no folder: choose another --out")
     if options.save_json is not None and options.save_json.suffix.lower() != ".json":
         raise OutputError(f"--save-json {options.save_json} is no .json file: name one")
