@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import overload
@@ -13,34 +12,19 @@ import numpy as np
 import numpy.typing as npt
 
 from yolotrt.detections import Detections
+from yolotrt.engines.base import Pending, Timing
 from yolotrt.engines.build import open_session
 from yolotrt.engines.file import EngineFile
 from yolotrt.errors import ImageError, InputError
 from yolotrt.media.images import read_image
-from yolotrt.postprocess import Boxes, NmsOptions, YoloLayer, non_max_suppression
+from yolotrt.postprocess import Boxes, NmsOptions
 from yolotrt.preprocess import Letterbox
 
 Image = npt.NDArray[np.uint8]
 Source = Image | str | Path
+"""A picture or its path. Engines on a GPU also take device arrays, which mypy knows as Any."""
 
 MAX_DETECTIONS_LIMIT = 30_000
-
-
-@dataclass
-class Timing:
-    """Where the time went, in milliseconds, summed over `pictures`.
-
-    Attributes:
-        preprocess_ms: Letterbox and conversion.
-        inference_ms: The engine.
-        postprocess_ms: YoloLayer, NMS and scaling back.
-        pictures: Number of pictures.
-    """
-
-    preprocess_ms: float = 0.0
-    inference_ms: float = 0.0
-    postprocess_ms: float = 0.0
-    pictures: int = 0
 
 
 class Detector:
@@ -51,7 +35,6 @@ class Detector:
     Attributes:
         engine: The engine file.
         options: Thresholds of the detection.
-        timing: Time spent so far.
     """
 
     def __init__(
@@ -86,11 +69,13 @@ class Detector:
         self.options = _checked_options(
             NmsOptions(confidence, iou, max_detections, _class_indices(classes, model.names), agnostic=agnostic)
         )
-        self.timing = Timing()
-        self._yolo_layer = YoloLayer(model.anchors, model.strides, len(model.names))
         self._session = open_session(self.engine, threads=threads)
         self._is_closed = False
-        self._input = np.zeros((self.engine.header.max_batch, 3, *self.engine.header.imgsz), np.float32)
+
+    @property
+    def timing(self) -> Timing:
+        """Time spent so far."""
+        return self._session.timing
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -117,11 +102,32 @@ class Detector:
             ImageError: if a picture cannot be read, or an array is no picture.
             InputError: if the detector is closed.
         """
-        if self._is_closed:
-            raise InputError("the detector is closed: open a new one")
+        self._require_open()
         if isinstance(images, Sequence) and not isinstance(images, str | bytes):
             return list(self._detect_all(images))
-        return self._detect([_as_image(images)])[0]
+        return self.submit([images]).result()[0]
+
+    def submit(self, images: Sequence[Source]) -> PendingDetections:
+        """Start to detect in one batch, without waiting for it; a GPU works on two batches at once.
+
+        Args:
+            images: As for a call, at most as many as the engine's largest batch. They must not change before the
+                result is there.
+
+        Raises:
+            ImageError: if a picture cannot be read, or an array is no picture.
+            InputError: if there are too many pictures, or the detector is closed.
+        """
+        self._require_open()
+        frames = [_as_image(image) for image in images]
+        return PendingDetections(self, self._session.submit(frames, self.options), [_size(frame) for frame in frames])
+
+    def frame_buffer(self, height: int, width: int) -> Image:
+        """Memory for one picture, uint8 (height, width, 3), that the engine reads fastest: decode into it.
+
+        It is the caller's as long as it is referred to.
+        """
+        return self._session.frame_buffer(height, width)
 
     def close(self) -> None:
         """Free the engine; calling it twice is harmless."""
@@ -140,46 +146,44 @@ class Detector:
         """Detect in batches as large as the engine takes."""
         size = self.engine.header.max_batch
         for start in range(0, len(images), size):
-            yield from self._detect([_as_image(image) for image in images[start : start + size]])
+            yield from self.submit(images[start : start + size]).result()
 
-    def _detect(self, images: Sequence[Image]) -> list[Detections]:
-        """Detect in one batch of at most the engine's size."""
-        began = time.perf_counter()
-        letterboxes = [Letterbox.fit(_size(image), self.engine.header.imgsz) for image in images]
-        for image, letterbox, out in zip(images, letterboxes, self._input, strict=False):
-            letterbox.to_input(image, out)
-        prepared = time.perf_counter()
-        # a static or larger smallest batch is filled up: the surplus is stale input whose results nobody reads
-        heads = self._session.run(self._input[: max(len(images), self.engine.header.batch_range[0])])
-        inferred = time.perf_counter()
-        detections = self._decode([head[: len(images)] for head in heads], letterboxes)
-        self._count(began, prepared, inferred, len(images))
-        return detections
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise InputError("the detector is closed: open a new one")
 
-    def _decode(self, heads: list[npt.NDArray[np.float32]], letterboxes: Sequence[Letterbox]) -> list[Detections]:
-        """Raw heads as detections in picture pixels."""
-        rows = self._yolo_layer.candidates(heads, self.options.confidence)
-        return [
-            self._in_picture(non_max_suppression(candidates, self.options), letterbox)
-            for candidates, letterbox in zip(rows, letterboxes, strict=True)
-        ]
-
-    def _in_picture(self, boxes: Boxes, letterbox: Letterbox) -> Detections:
-        """Boxes scaled back to the picture."""
+    def in_picture(self, boxes: Boxes, image_size: tuple[int, int]) -> Detections:
+        """Boxes in network-input pixels scaled back to a picture of `image_size` (height, width)."""
         return Detections(
-            xyxy=letterbox.inverse(boxes.xyxy),
+            xyxy=Letterbox.fit(image_size, self.engine.header.imgsz).inverse(boxes.xyxy),
             confidence=boxes.confidence,
             class_id=boxes.class_id.astype(np.int32),
             class_names=self.class_names,
-            image_size=letterbox.source_size,
+            image_size=image_size,
         )
 
-    def _count(self, began: float, prepared: float, inferred: float, pictures: int) -> None:
-        """Add one batch to the timing."""
-        self.timing.preprocess_ms += (prepared - began) * 1e3
-        self.timing.inference_ms += (inferred - prepared) * 1e3
-        self.timing.postprocess_ms += (time.perf_counter() - inferred) * 1e3
-        self.timing.pictures += pictures
+
+class PendingDetections:
+    """A batch that is being computed."""
+
+    def __init__(self, detector: Detector, boxes: Pending, image_sizes: Sequence[tuple[int, int]]) -> None:
+        self._detector = detector
+        self._boxes = boxes
+        self._image_sizes = image_sizes
+
+    def result(self) -> list[Detections]:
+        """Wait for the batch; returns the detections of each picture.
+
+        Raises:
+            InferenceError: if the device failed.
+        """
+        found = self._boxes.result()
+        began = time.perf_counter()
+        detections = [
+            self._detector.in_picture(boxes, size) for boxes, size in zip(found, self._image_sizes, strict=True)
+        ]
+        self._detector.timing.postprocess_ms += (time.perf_counter() - began) * 1e3
+        return detections
 
 
 def _as_image(source: Source) -> Image:
@@ -188,6 +192,8 @@ def _as_image(source: Source) -> Image:
         return read_image(Path(source))
     if source is None:
         raise ImageError("a picture is None, as cv2.imread gives it for a file that it cannot read: check the path")
+    if _is_on_device(source):
+        return source  # the session checks it
     if not isinstance(source, np.ndarray):
         raise ImageError(f"a picture must be an array or a path, not {type(source).__name__}: pass these or a list")
     if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
@@ -198,6 +204,13 @@ def _as_image(source: Source) -> Image:
     if 0 in source.shape:
         raise ImageError(f"a picture of shape {source.shape} has no pixels: check where it comes from")
     return source
+
+
+def _is_on_device(source: object) -> bool:
+    """Whether it is an array of another library, in device memory as far as one can tell without it."""
+    if isinstance(source, np.ndarray):
+        return False
+    return hasattr(source, "__cuda_array_interface__") or hasattr(source, "__dlpack__")
 
 
 def _size(image: Image) -> tuple[int, int]:

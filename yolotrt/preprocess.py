@@ -6,6 +6,7 @@ side with grey on both ends. OpenCV's pixel centres make the scaled coordinate o
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import cv2
@@ -49,6 +50,7 @@ class Letterbox:
     left: int
 
     @classmethod
+    @functools.lru_cache(maxsize=256)
     def fit(cls, source_size: tuple[int, int], network_size: tuple[int, int]) -> Letterbox:
         """Fit a picture into the network's input.
 

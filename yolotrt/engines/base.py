@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -13,11 +13,15 @@ import numpy.typing as npt
 
 from yolotrt.engines.file import EngineFile, EngineHeader, TensorInfo
 from yolotrt.errors import InputError
+from yolotrt.postprocess import Boxes, NmsOptions
 from yolotrt.weights import Weights
 from yolotrt.weights.model import MAX_IMAGE_SIZE
 
 PRECISIONS = ("fp32", "fp16")
 MAX_BATCH = 1024
+
+Frame = Any
+"""A picture, uint8 BGR (height, width, 3): a NumPy array, or an array in device memory."""
 
 HOST = "host"
 """`Plan.yololayer` of plans that give raw heads, which NumPy decodes."""
@@ -130,18 +134,81 @@ class Plan:
     compute_capability: str = ""
 
 
+@dataclass
+class Timing:
+    """Where a session's time went, in milliseconds, summed over `pictures`.
+
+    Attributes:
+        preprocess_ms: Letterbox and conversion. On a GPU: handing the frames over.
+        inference_ms: The engine. On a GPU: waiting for upload, letterbox, engine, YoloLayer, NMS and download.
+        postprocess_ms: YoloLayer, NMS and scaling back to the pictures. On a GPU: scaling back alone.
+        pictures: Number of pictures.
+    """
+
+    preprocess_ms: float = 0.0
+    inference_ms: float = 0.0
+    postprocess_ms: float = 0.0
+    pictures: int = 0
+
+
+class Pending(abc.ABC):
+    """A batch that is being computed."""
+
+    @abc.abstractmethod
+    def result(self) -> list[Boxes]:
+        """Wait for the batch.
+
+        Returns:
+            Per frame its boxes in network-input pixels, best first. A second call gives the same.
+
+        Raises:
+            InferenceError: if the device failed.
+        """
+
+
+class Finished(Pending):
+    """A batch that is computed already."""
+
+    def __init__(self, boxes: list[Boxes]) -> None:
+        self._boxes = boxes
+
+    def result(self) -> list[Boxes]:
+        """See `Pending.result`."""
+        return self._boxes
+
+
 class Session(abc.ABC):
     """An engine ready to run. Use it from one thread at a time; open one session a thread.
 
     Attributes:
         header: The engine's description.
+        timing: Time spent so far.
     """
 
     header: EngineHeader
+    timing: Timing
+
+    @abc.abstractmethod
+    def submit(self, frames: Sequence[Frame], options: NmsOptions) -> Pending:
+        """Start to detect in a batch; several may be under way.
+
+        Args:
+            frames: One to `header.max_batch` pictures, uint8 BGR (height, width, 3), which may differ in size, in host
+                memory; a GPU session also takes them in device memory. They must not change before the result is there.
+            options: Thresholds.
+
+        Raises:
+            InputError: if there are none or too many frames, or the session is closed.
+            InferenceError: if the device fails.
+        """
+
+    def detect(self, frames: Sequence[Frame], options: NmsOptions) -> list[Boxes]:
+        """Detect in a batch and wait for the result; see `submit` and `Pending.result`."""
+        return self.submit(frames, options).result()
 
     @abc.abstractmethod
     def run(self, images: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float32]]:
-        """Compute the raw heads of a batch.
+        """Compute the raw heads of a batch, for tests, calibration and evaluation.
 
         Args:
             images: float32 (batch, 3, height, width), RGB in 0..1, letterboxed to the engine's size.
@@ -153,6 +220,14 @@ class Session(abc.ABC):
         Raises:
             InputError: if the batch or the picture size is not one that the engine takes.
         """
+
+    def frame_buffer(self, height: int, width: int) -> npt.NDArray[np.uint8]:
+        """Memory for one frame, uint8 (height, width, 3), that this session reads fastest.
+
+        Decode into it and submit it: a GPU session gives page-locked memory and pays no copy on the host. It is the
+        caller's as long as it is referred to, and used again afterwards.
+        """
+        return np.empty((height, width, 3), np.uint8)
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -177,6 +252,11 @@ class Session(abc.ABC):
             )
         if not low <= images.shape[0] <= high:
             raise InputError(f"the engine takes {low} to {high} pictures a batch, not {images.shape[0]}")
+
+    def check_frame_count(self, count: int) -> None:
+        """Raise InputError unless a batch may have `count` frames."""
+        if not 1 <= count <= self.header.max_batch:
+            raise InputError(f"the engine takes 1 to {self.header.max_batch} pictures a batch, not {count}")
 
 
 class Backend(abc.ABC):

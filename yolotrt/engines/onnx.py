@@ -10,6 +10,7 @@ import numpy.typing as npt
 from yolotrt.engines.base import Backend, CompleteOptions, Plan, Session
 from yolotrt.engines.definition import build_plan
 from yolotrt.engines.file import REBUILD, EngineFile
+from yolotrt.engines.host import HostSession
 from yolotrt.errors import BackendUnavailableError, BuildError, EngineFileError, InferenceError, InputError
 from yolotrt.network import recorder
 from yolotrt.weights import Weights
@@ -42,7 +43,7 @@ class OnnxRuntimeBackend(Backend):
         return OnnxRuntimeSession(engine, threads=threads)
 
 
-class OnnxRuntimeSession(Session):
+class OnnxRuntimeSession(HostSession):
     """One ONNX Runtime session and its output buffers."""
 
     def __init__(self, engine: EngineFile, *, threads: int | None = None) -> None:
@@ -54,7 +55,7 @@ class OnnxRuntimeSession(Session):
         """
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads {threads!r}: choose a whole number of at least 1")
-        self.header = engine.header
+        super().__init__(engine.header)
         try:
             self._session: Any = _inference_session(engine.plan, threads)
         except _library_errors() as problem:
