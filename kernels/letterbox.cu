@@ -3,12 +3,12 @@
 // One thread makes one input pixel (three values, one a plane).
 // Grid:    x = input columns / 32, y = input rows / 8, z = batch slots; block 32 x 8.
 // Plans:   one record a slot, plan_bytes apart: struct Plan, then a Tap for every scaled column, then one for every
-//          scaled row. yolotrt/cuda/kernels.py writes them once a frame size: the coordinates need float64 and
+//          scaled row, then what upload.cu reads. yolotrt/cuda/kernels.py writes them once a frame size: the coordinates need float64 and
 //          particular roundings, so tables make the device code pure integer arithmetic, exact and equally fast on
 //          GPUs with slow float64. A changed frame pointer is a change of data, not of launch arguments, so one
 //          captured CUDA graph serves every frame, and frames of different sizes share a launch.
 // Output:  [slots, 3, rows, columns], RGB, value / 255 in float32, then rounded to half if HALF_OUTPUT.
-// Cost:    reads the frame rows that the taps touch (1080p -> 640: 2 of 3, 4.1 MB), writes 6 or 12 bytes a pixel.
+// Cost:    reads the frame rows that the taps touch (1080p -> 640: 1 of 3, 2.1 MB), writes 6 or 12 bytes a pixel.
 //
 // The resized bytes are those of OpenCV's INTER_LINEAR for uint8 (modules/imgproc/src/resize.cpp): 11-bit weights, a
 // horizontal pass kept in 32 bits, a vertical pass that drops 4 bits before its product and 16 after it.
@@ -46,6 +46,9 @@ struct Plan {
     int last_row;
     int scaled_height, scaled_width;
     int top, left;      // padding
+    const unsigned char* source;  // from here on for upload.cu
+    long long source_pitch;
+    int row_bytes, row_count, is_listed, unused;
 };
 
 __device__ __forceinline__ int horizontal(const unsigned char* pixels, int offset, int next_offset, Tap tap)

@@ -6,6 +6,7 @@ addresses. So the same code drives CuPy, PyCUDA and the tests' host build.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -63,6 +64,9 @@ _PLAN = np.dtype(
         ("pixels", np.uint64),
         ("pitch", np.int64),
         *((name, np.int32) for name in ("last_column", "last_row", "scaled_height", "scaled_width", "top", "left")),
+        ("source", np.uint64),
+        ("source_pitch", np.int64),
+        *((name, np.int32) for name in ("row_bytes", "row_count", "is_listed", "unused")),
     ]
 )
 
@@ -99,23 +103,70 @@ def resize_taps(source: int, scaled: int, *, clamp: bool) -> npt.NDArray[np.void
     return taps
 
 
+@dataclass(frozen=True, eq=False)
+class NeededRows:
+    """The rows of a frame that the letterbox reads, which are all that has to reach the GPU.
+
+    Attributes:
+        count: Number of rows.
+        numbers: int32 (count,): which ones, repeated where two scaled rows read the same; None for the first `count`.
+        taps: The taps of `resize_taps`, as they are when only these rows are there, side by side.
+    """
+
+    count: int
+    numbers: npt.NDArray[np.int32] | None
+    taps: npt.NDArray[np.void]
+
+    @classmethod
+    def all(cls, source: int, scaled: int) -> NeededRows:
+        """All rows of a frame `source` rows high that becomes `scaled` rows."""
+        return cls(source, None, resize_taps(source, scaled, clamp=False))
+
+    @classmethod
+    def of(cls, source: int, scaled: int) -> NeededRows:
+        """The rows that are read, where they are fewer.
+
+        A reduction by an odd whole number reads one row for each scaled one, another by more than two reads two.
+        """
+        everything = cls.all(source, scaled)
+        taps = everything.taps.copy()
+        each = 1 if not taps["next_weight"].any() else 2
+        if each * scaled >= source:
+            return everything
+        numbers = taps["first"][:, None] + np.arange(each, dtype=np.int32)  # (scaled, each)
+        taps["first"] = np.arange(scaled) * each
+        return cls(each * scaled, np.clip(numbers, 0, source - 1).ravel(), taps)
+
+
+@functools.lru_cache(maxsize=64)
+def needed_rows(source_size: tuple[int, int], network_size: tuple[int, int]) -> NeededRows:
+    """What of a frame the letterbox reads; sizes are height and width."""
+    return NeededRows.of(source_size[0], Letterbox.fit(source_size, network_size).scaled_size[0])
+
+
 class LetterboxKernel:
     """Launches letterbox.cu: frames to the network's input, `[batch, 3, height, width]`, RGB in 0..1.
 
     Attributes:
         network_size: Height and width of the network's input.
-        plan_bytes: Size of one slot's plan; the plans of a batch lie one after the other, 16-byte aligned.
+        plan_bytes: Size of one slot's plan; the plans of a batch lie one after the other, 16-byte aligned. A plan of
+            zeros makes a slot of padding.
     """
 
     def __init__(self, device: Device, network_size: tuple[int, int], *, half: bool) -> None:
         self.network_size = network_size
-        size = _PLAN.itemsize + _TAP.itemsize * sum(network_size)
-        self.plan_bytes = -(-size // 16) * 16
+        # listed rows are at most two for each scaled one
+        size = _PLAN.itemsize + _TAP.itemsize * sum(network_size) + 2 * 4 * network_size[0]
+        self.plan_bytes = upload_bytes(size)
         self._device = device
         self._function = device.function("letterbox", "letterbox", {"HALF_OUTPUT": int(half)})
 
+    def needed_rows(self, source_size: tuple[int, int]) -> NeededRows:
+        """What of a frame (height, width) the letterbox reads."""
+        return needed_rows(source_size, self.network_size)
+
     def plan(self, source_size: tuple[int, int], pixels: int, pitch: int) -> Bytes:
-        """Everything that the kernel needs to know of one frame.
+        """Everything that the kernel needs to know of one frame in device memory.
 
         Args:
             source_size: Height and width of the frame.
@@ -128,20 +179,32 @@ class LetterboxKernel:
         Raises:
             InputError: if the rows would overlap.
         """
-        height, width = source_size
-        if pitch < _CHANNELS * width:
-            raise InputError(f"a frame {width} pixels wide cannot have {pitch} bytes a row: give the pitch in bytes")
-        fit = Letterbox.fit(source_size, self.network_size)
-        header = np.zeros((), _PLAN)
-        header["pixels"], header["pitch"] = pixels, pitch
-        header["last_column"], header["last_row"] = _CHANNELS * (width - 1), height - 1
-        header["scaled_height"], header["scaled_width"] = fit.scaled_size
-        header["top"], header["left"] = fit.top, fit.left
-        columns = resize_taps(width, fit.scaled_size[1], clamp=True)
-        columns["first"] *= _CHANNELS
-        rows = resize_taps(height, fit.scaled_size[0], clamp=False)
-        content = header.tobytes() + columns.tobytes() + rows.tobytes()
-        return np.frombuffer(content.ljust(self.plan_bytes, b"\0"), np.uint8)
+        if pitch < _CHANNELS * source_size[1]:
+            raise InputError(
+                f"a frame {source_size[1]} pixels wide cannot have {pitch} bytes a row: give the pitch in bytes"
+            )
+        return self._plan(source_size, "whole", pixels=pixels, pitch=pitch)
+
+    def upload_plan(self, source_size: tuple[int, int], pixels: int, source: int, *, gathered: bool) -> Bytes:
+        """The same for a frame in page-locked host memory, whose needed rows `UploadKernel` fetches.
+
+        Args:
+            source_size: Height and width of the frame.
+            pixels: Device address of room for the needed rows, `upload_bytes` of their size.
+            source: Address of the frame, whose rows have no gaps; its memory has `upload_bytes` of their size too.
+            gathered: Whether only the needed rows are there, side by side, instead of all.
+
+        Returns:
+            As `plan`.
+        """
+        return self._plan(source_size, "gathered" if gathered else "needed", pixels=pixels, source=source)
+
+    @staticmethod
+    def set_addresses(plan: Bytes, **addresses: int) -> None:
+        """Change `pixels`, `source` or `pitch` of a plan, for another frame of the same size."""
+        header = plan[: _PLAN.itemsize].view(_PLAN)
+        for name, address in addresses.items():
+            header[name] = address
 
     def launch(self, plans: int, output: int, batch: int, stream: Any = None) -> None:
         """Fill the first `batch` slots of the input at `output`, following the plans at `plans`."""
@@ -150,6 +213,66 @@ class LetterboxKernel:
         grid = (-(-width // columns), -(-height // rows), batch)
         arguments = (np.uint64(plans), np.int32(self.plan_bytes), np.int32(height), np.int32(width), np.uint64(output))
         self._device.launch(self._function, grid, _LETTERBOX_BLOCK, arguments, stream)
+
+    def _plan(self, source_size: tuple[int, int], kind: _PlanKind, **addresses: int) -> Bytes:
+        content = _plan_without_addresses(source_size, self.network_size, kind)
+        plan = np.frombuffer(bytearray(content.ljust(self.plan_bytes, b"\0")), np.uint8)
+        self.set_addresses(plan, **addresses)
+        return plan
+
+
+_PlanKind = Literal["whole", "needed", "gathered"]
+
+
+@functools.lru_cache(maxsize=64)
+def _plan_without_addresses(source_size: tuple[int, int], network_size: tuple[int, int], kind: _PlanKind) -> bytes:
+    """A plan for a frame of which all rows, the needed rows, or nothing else than these are there."""
+    fit = Letterbox.fit(source_size, network_size)
+    row_bytes = _CHANNELS * source_size[1]
+    needed = (
+        NeededRows.all(source_size[0], fit.scaled_size[0])
+        if kind == "whole"
+        else needed_rows(source_size, network_size)
+    )
+    numbers = needed.numbers if kind == "needed" else None
+    header = np.zeros((), _PLAN)
+    header["pitch"] = row_bytes
+    header["last_column"], header["last_row"] = row_bytes - _CHANNELS, needed.count - 1
+    header["scaled_height"], header["scaled_width"] = fit.scaled_size
+    header["top"], header["left"] = fit.top, fit.left
+    if numbers is not None:
+        header["is_listed"] = 1
+        header["source_pitch"], header["row_bytes"], header["row_count"] = row_bytes, row_bytes, needed.count
+    elif kind != "whole":  # one long row, in the largest units whatever the width
+        header["row_bytes"], header["row_count"] = upload_bytes(row_bytes * needed.count), 1
+    columns = resize_taps(source_size[1], fit.scaled_size[1], clamp=True)
+    columns["first"] *= _CHANNELS
+    listed = b"" if numbers is None else numbers.astype(np.int32).tobytes()
+    return header.tobytes() + columns.tobytes() + needed.taps.tobytes() + listed
+
+
+# --- upload ----------------------------------------------------------------------------------------------------------
+
+_UPLOAD_GRID, _UPLOAD_BLOCK = (32, 1, 1), (256, 1, 1)
+"""Enough loads under way for PCIe 5.0 (measured: docs/benchmarks.md), few enough to leave the GPU to the network."""
+
+
+def upload_bytes(size: int) -> int:
+    """Size of a buffer for `size` bytes that `UploadKernel` may copy in its largest units."""
+    return -(-size // 16) * 16
+
+
+class UploadKernel:
+    """Launches upload.cu: fetches the rows that the plans of `LetterboxKernel.upload_plan` name."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._function = device.function("upload", "upload", {})
+
+    def launch(self, plans: int, plan_bytes: int, slots: int, stream: Any = None) -> None:
+        """Fetch the frames of the first `slots` plans."""
+        arguments = (np.uint64(plans), np.int32(plan_bytes), np.int32(slots))
+        self._device.launch(self._function, _UPLOAD_GRID, _UPLOAD_BLOCK, arguments, stream)
 
 
 # --- YoloLayer -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,603 @@
+"""Frames in, boxes out on a GPU: one CUDA graph does everything.
+
+A frame's way, all on one stream: upload of the rows that the letterbox reads (from page-locked memory, by a kernel),
+letterbox, engine, YoloLayer (unless it is a plugin inside the engine), NMS, download of at most `max_detections` boxes.
+Where a frame lies and how large it is stands in a small record that travels along, so that one captured graph serves
+all frames of all sizes: it is captured once for each batch size.
+
+Two lanes, each with its stream, buffers and graphs, work on two batches at once, so that one batch's upload, launch
+gaps and host work hide behind the other's computation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from yolotrt.cuda.device import Bytes, GpuDevice, Graph, Memory, find_device
+from yolotrt.cuda.interop import DevicePixels, device_pixels
+from yolotrt.cuda.kernels import (
+    BEST_VALUES,
+    LetterboxKernel,
+    NmsKernel,
+    NmsLayout,
+    UploadKernel,
+    YoloLayerKernel,
+    upload_bytes,
+)
+from yolotrt.engines.base import Finished, Frame, Pending, Session, Timing
+from yolotrt.engines.file import EngineFile, TensorInfo
+from yolotrt.engines.trt_engine import TrtEngine, shared_engine
+from yolotrt.errors import InferenceError, InputError
+from yolotrt.postprocess import Boxes, NmsOptions, YoloLayer, non_max_suppression
+
+_log = logging.getLogger(__name__)
+
+PLUGIN = "plugin"
+KERNEL = "kernel"
+"""`Plan.yololayer` of plans that hold YoloLayer, and of those that give raw heads to our kernel."""
+
+LANES = 2
+_CHANNELS = 3
+
+
+class GpuSession(Session):
+    """One engine on one GPU with its own buffers. Sessions of the same engine share the weights."""
+
+    def __init__(self, engine: TrtEngine, *, lanes: int = LANES) -> None:
+        """Prepare to run.
+
+        Args:
+            engine: The engine.
+            lanes: Batches that can be under way at once; each has its own buffers.
+
+        Raises:
+            InferenceError: if the GPU's memory does not suffice.
+        """
+        self.header = engine.header
+        self.timing = Timing()
+        self._engine: TrtEngine | None = engine
+        self._device = engine.device
+        self._lane_count = lanes
+        self._lanes: list[_Lane] = []
+        self._lent: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        with self._on_device():
+            self._lanes.append(_Lane(engine, self._lent))
+
+    @classmethod
+    def open(cls, trt: Any, engine: EngineFile, device: GpuDevice | None = None) -> GpuSession:
+        """Open a session.
+
+        Args:
+            trt: The module `tensorrt` or `tensorrt_rtx`.
+            engine: An engine that it built.
+            device: The GPU; None takes the first one.
+
+        Raises:
+            BackendUnavailableError: if there is no usable GPU or no device library.
+            EngineFileError: if the engine does not fit this machine.
+            InferenceError: if the GPU's memory does not suffice.
+        """
+        return cls(shared_engine(trt, engine, device or find_device()))
+
+    def submit(self, frames: Sequence[Frame], options: NmsOptions) -> Pending:
+        """See `Session.submit`. Where all lanes are busy, this waits for the oldest batch and keeps its result."""
+        self.check_frame_count(len(frames))
+        self._require_open()
+        if options.multi_label:
+            return Finished(self._detect_on_host(frames, options))
+        with self._on_device():
+            lane = self._free_lane()
+            began = time.perf_counter()
+            lane.place(frames)
+            placed = time.perf_counter()
+            lane.start(len(frames), options)
+            lane.started_at = self.timing.pictures
+            pending = lane.pending = _GpuPending(self, lane, frames)
+            self.timing.preprocess_ms += (placed - began) * 1e3
+            self.timing.inference_ms += (time.perf_counter() - placed) * 1e3
+            self.timing.pictures += len(frames)
+        return pending
+
+    def detect(self, frames: Sequence[Frame], options: NmsOptions) -> list[Boxes]:
+        """See `Session.detect`; waits without sleeping, which is the fastest for a single frame."""
+        pending = self.submit(frames, options)
+        if isinstance(pending, _GpuPending):
+            pending.finish(spin=True)
+        return pending.result()
+
+    def run(self, images: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float32]]:
+        """See `Session.run`.
+
+        Raises:
+            InputError: also if YoloLayer is inside the engine, which then has no raw heads.
+        """
+        self.check_input(images)
+        self._require_open()
+        self._require_heads()
+        with self._on_device():
+            lane = self._idle_lane()
+            return lane.raw_heads(len(images), lambda: lane.upload_images(images))
+
+    def frame_buffer(self, height: int, width: int) -> npt.NDArray[np.uint8]:
+        """See `Session.frame_buffer`: page-locked memory from a pool."""
+        self._require_open()
+        size = height * width * _CHANNELS
+        with self._on_device():
+            memory = self._device.page_locked(upload_bytes(size))
+        owner = memory.base if isinstance(memory.base, np.ndarray) else memory  # what views of it keep alive
+        self._lent[owner.ctypes.data] = owner
+        return memory[:size].reshape(height, width, _CHANNELS)
+
+    def profile(self, frames: Sequence[Frame], options: NmsOptions, repeats: int = 50) -> dict[str, list[float]]:
+        """GPU time of each stage for a batch, each repeated alone, and of the whole.
+
+        Args:
+            frames: A batch, as for `submit`.
+            options: Thresholds.
+            repeats: Measurements of each stage.
+
+        Returns:
+            Milliseconds by stage: ``upload``, ``letterbox``, ``engine``, ``yololayer`` (unless it is in the engine),
+            ``nms``, ``download`` and ``whole``.
+        """
+        self.check_frame_count(len(frames))
+        self._require_open()
+        with self._on_device():
+            lane = self._idle_lane()
+            lane.place(frames)
+            return lane.profile(len(frames), options, repeats)
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        if self._engine is None:
+            return
+        with self._device.current(), contextlib.suppress(*self._device.errors):
+            for lane in self._lanes:
+                lane.close()
+        self._lanes = []
+        self._engine = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_engine", None) is not None:
+            with contextlib.suppress(Exception):  # the interpreter may be ending
+                self.close()
+
+    def finish(self, lane: _Lane, *, spin: bool) -> list[Boxes]:
+        """Wait for a lane's batch and take its boxes."""
+        with self._on_device():
+            began = time.perf_counter()
+            lane.wait(spin=spin)
+            waited = time.perf_counter()
+            boxes = lane.boxes()
+            self.timing.inference_ms += (waited - began) * 1e3
+            self.timing.postprocess_ms += (time.perf_counter() - waited) * 1e3
+        return boxes
+
+    def _detect_on_host(self, frames: Sequence[Frame], options: NmsOptions) -> list[Boxes]:
+        """Several labels a box: the GPU computes the raw heads, NumPy does the rest."""
+        self._require_heads()
+        model = self.header.model
+        with self._on_device():
+            lane = self._idle_lane()
+            lane.place(frames)
+            heads = lane.raw_heads(lane.batch_for(len(frames)), lambda: lane.enqueue_input(len(frames)))
+        layer = YoloLayer(model.anchors, model.strides, len(model.names))
+        rows = layer.candidates([head[: len(frames)] for head in heads], options.confidence)
+        return [non_max_suppression(candidates, options) for candidates in rows]
+
+    def _free_lane(self) -> _Lane:
+        """A lane without a batch under way, or else the oldest one after its batch is finished."""
+        idle = next((lane for lane in self._lanes if lane.pending is None), None)
+        if idle is not None:
+            return idle
+        if len(self._lanes) < self._lane_count and self._engine is not None:
+            self._lanes.append(_Lane(self._engine, self._lent))
+            return self._lanes[-1]
+        return self._finished(min(self._lanes, key=lambda lane: lane.started_at))
+
+    def _idle_lane(self) -> _Lane:
+        """The first lane, after its batch is finished."""
+        return self._finished(self._lanes[0])
+
+    @staticmethod
+    def _finished(lane: _Lane) -> _Lane:
+        if lane.pending is not None:
+            lane.pending.finish(spin=False)
+        return lane
+
+    def _require_open(self) -> None:
+        if self._engine is None:
+            raise InputError("the session is closed: open a new one")
+
+    def _require_heads(self) -> None:
+        if self.header.yololayer == PLUGIN:
+            raise InputError(
+                "this engine holds YoloLayer and gives no raw heads: build it with --yololayer kernel to evaluate it"
+            )
+
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Use the GPU; its failures become InferenceError."""
+        with self._device.current():
+            try:
+                yield
+            except self._device.errors as problem:
+                raise InferenceError(_explain(problem)) from problem
+
+
+class _GpuPending(Pending):
+    """A batch in a lane."""
+
+    def __init__(self, session: GpuSession, lane: _Lane, frames: Sequence[Frame]) -> None:
+        self._session = session
+        self._lane = lane
+        self._frames: Sequence[Frame] | None = frames  # alive until the GPU has read them
+        self._boxes: list[Boxes] = []
+
+    def finish(self, *, spin: bool) -> None:
+        """Wait and keep the boxes; the lane is free afterwards."""
+        if self._frames is None:
+            return
+        try:
+            self._boxes = self._session.finish(self._lane, spin=spin)
+        finally:
+            self._frames = self._lane.pending = None
+
+    def result(self) -> list[Boxes]:
+        """See `Pending.result`; the thread sleeps while it waits."""
+        self.finish(spin=False)
+        return self._boxes
+
+
+class _Lane:
+    """A stream with all buffers, execution contexts and graphs to work on one batch at a time.
+
+    Attributes:
+        pending: The batch under way.
+        started_at: Pictures that the session had taken when it began.
+    """
+
+    def __init__(self, engine: TrtEngine, lent: weakref.WeakValueDictionary[int, Any]) -> None:
+        header = engine.header
+        device = self._device = engine.device
+        self.pending: _GpuPending | None = None
+        self.started_at = 0
+        self._engine = engine
+        self._lent = lent
+        self._low, _, self._high = header.batch_range
+        self._stream = device.stream()
+        self._sleeping, self._spinning = device.event(blocking=True), device.event()
+        self._letterbox = LetterboxKernel(device, header.imgsz, half=header.inputs[0].dtype == "float16")
+        self._upload = UploadKernel(device)
+        self._tensors = {info.name: device.allocate(self._size(info)) for info in (*header.inputs, *header.outputs)}
+        self._scratch = device.allocate(engine.scratch_bytes)
+        self._yololayer = None if header.yololayer == PLUGIN else _YoloLayer(engine, self._tensors)
+        row_count = header.outputs[0].shape[1] if self._yololayer is None else self._yololayer.row_count
+        self._rows = self._tensors[header.outputs[0].name] if self._yololayer is None else self._yololayer.rows
+        self._plans = _Plans(device, self._letterbox.plan_bytes, self._high)
+        self._slots = [_Slot(device, self._letterbox, plan) for plan in self._plans.host]
+        self._nms = _Nms(device, row_count, self._high, len(header.model.names))
+        self._contexts: dict[int, Any] = {}
+        self._graphs: dict[int, Graph | None] = {}
+        self._started = 0, 0  # frames and batch size of the batch under way
+
+    def batch_for(self, count: int) -> int:
+        """The batch size that the engine runs for `count` frames."""
+        return max(count, self._low)
+
+    def place(self, frames: Sequence[Frame]) -> None:
+        """Say in the plans where the frames are, copying those that are in ordinary memory."""
+        for slot, frame in zip(self._slots, frames, strict=False):
+            if isinstance(frame, np.ndarray):
+                self._place_host_frame(slot, frame)
+            else:
+                self._place_device_frame(slot, frame)
+        for slot in self._slots[len(frames) : self._low]:  # what a static batch is filled up with
+            slot.clear()
+
+    def start(self, count: int, options: NmsOptions) -> None:
+        """Enqueue a batch whose frames are placed."""
+        batch = self.batch_for(count)
+        if self._nms.set_options(options):
+            self._graphs.clear()
+        if batch not in self._graphs:  # TensorRT wants to run once before it is captured
+            self._enqueue(batch)
+            self._graphs[batch] = self._capture(batch)
+        elif (graph := self._graphs[batch]) is not None:
+            graph.launch(self._stream)
+        else:
+            self._enqueue(batch)
+        self._device.record(self._sleeping, self._stream)
+        self._device.record(self._spinning, self._stream)
+        self._started = count, batch
+
+    def wait(self, *, spin: bool) -> None:
+        """Wait for the batch under way."""
+        self._device.wait(self._spinning if spin else self._sleeping)
+
+    def boxes(self) -> list[Boxes]:
+        """Boxes of the finished batch, a list for each frame."""
+        count, batch = self._started
+        return self._nms.boxes(batch)[:count]
+
+    def raw_heads(self, batch: int, enqueue_input: Callable[[], None]) -> list[npt.NDArray[np.float32]]:
+        """Run the engine alone on an input; the raw heads as float32 arrays of the host."""
+        enqueue_input()
+        self._enqueue_engine(batch)
+        heads = []
+        for info in self._engine.header.outputs:
+            head = np.empty((batch, *info.shape[1:]), np.dtype(info.dtype))
+            self._device.download(head, self._tensors[info.name].address, self._stream)
+            heads.append(head)
+        self._device.synchronize(self._stream)
+        return [head.astype(np.float32, copy=False) for head in heads]
+
+    def upload_images(self, images: npt.NDArray[np.float32]) -> None:
+        """Fill the network's input with pictures that are letterboxed already."""
+        info = self._engine.header.inputs[0]
+        self._device.upload(
+            self._tensors[info.name].address, np.ascontiguousarray(images, np.dtype(info.dtype)), self._stream
+        )
+        self._device.synchronize(self._stream)  # the array is ours alone and may go
+
+    def enqueue_input(self, count: int) -> None:
+        """Upload and letterbox `count` placed frames."""
+        self._enqueue_upload(self.batch_for(count))
+        self._enqueue_letterbox(self.batch_for(count))
+
+    def profile(self, count: int, options: NmsOptions, repeats: int) -> dict[str, list[float]]:
+        """See `GpuSession.profile`."""
+        batch = self.batch_for(count)
+        self._nms.set_options(options)
+        self._graphs.clear()
+        self._enqueue(batch)
+        times = {}
+        for name, enqueue in {**self._stages(batch), "whole": lambda: self._enqueue(batch)}.items():
+            graph = self._device.capture(self._stream, enqueue)
+            times[name] = [self._time(graph) for _ in range(repeats)]
+        return times
+
+    def close(self) -> None:
+        """Wait for what is under way, and free everything in an order that TensorRT stands."""
+        self.pending = None
+        self._device.synchronize(self._stream)
+        self._graphs.clear()
+        self._contexts.clear()
+
+    def _time(self, graph: Graph) -> float:
+        """Milliseconds that a graph takes; it is launched twice, so that no launch is waited for."""
+        first, second = self._device.event(timing=True), self._device.event(timing=True)
+        graph.launch(self._stream)
+        self._device.record(first, self._stream)
+        graph.launch(self._stream)
+        self._device.record(second, self._stream)
+        self._device.synchronize(self._stream)
+        return self._device.elapsed_ms(first, second)
+
+    def _capture(self, batch: int) -> Graph | None:
+        """The graph of a batch; None where TensorRT cannot be captured, which costs launch time and nothing else."""
+        failures: tuple[type[BaseException], ...] = (*self._device.errors, InferenceError)
+        try:
+            return self._device.capture(self._stream, lambda: self._enqueue(batch))
+        except failures as problem:
+            _log.warning("the engine cannot be captured as a CUDA graph and is enqueued each time (%s)", problem)
+            return None
+
+    def _enqueue(self, batch: int) -> None:
+        for enqueue in self._stages(batch).values():
+            enqueue()
+
+    def _stages(self, batch: int) -> dict[str, Callable[[], None]]:
+        """A frame's way, in order."""
+        stages = {
+            "upload": lambda: self._enqueue_upload(batch),
+            "letterbox": lambda: self._enqueue_letterbox(batch),
+            "engine": lambda: self._enqueue_engine(batch),
+            "nms": lambda: self._nms.enqueue(self._rows.address, batch, self._stream),
+            "download": lambda: self._nms.enqueue_download(batch, self._stream),
+        }
+        layer = self._yololayer
+        if layer is None:
+            return stages
+        names = ("upload", "letterbox", "engine", "yololayer", "nms", "download")
+        stages["yololayer"] = lambda: layer.enqueue(batch, self._stream)
+        return {name: stages[name] for name in names}
+
+    def _enqueue_upload(self, batch: int) -> None:
+        plan_bytes = self._letterbox.plan_bytes
+        self._device.upload(self._plans.device.address, self._plans.memory[: batch * plan_bytes], self._stream)
+        self._upload.launch(self._plans.device.address, plan_bytes, batch, self._stream)
+
+    def _enqueue_letterbox(self, batch: int) -> None:
+        images = self._tensors[self._engine.header.inputs[0].name].address
+        self._letterbox.launch(self._plans.device.address, images, batch, self._stream)
+
+    def _enqueue_engine(self, batch: int) -> None:
+        context = self._contexts.get(batch)
+        if context is None:
+            context = self._contexts[batch] = self._engine.context(batch, self._scratch)
+            for name, memory in self._tensors.items():
+                context.set_tensor_address(name, memory.address)
+        if not context.execute_async_v3(self._device.handle(self._stream)):
+            raise InferenceError(f"TensorRT failed ({self._engine.last_error}): build the engine again")
+
+    def _place_host_frame(self, slot: _Slot, frame: npt.NDArray[np.uint8]) -> None:
+        address = frame.__array_interface__["data"][0]
+        owner = self._lent.get(address)
+        if owner is not None and frame.flags.c_contiguous and owner.nbytes >= upload_bytes(frame.nbytes):
+            slot.fetch(_size(frame), address)
+        else:
+            slot.copy(frame)
+
+    def _place_device_frame(self, slot: _Slot, frame: Frame) -> None:
+        pixels = device_pixels(frame, self._device.handle(self._stream))
+        if pixels.stream is not None:
+            self._device.wait_for_stream(self._stream, pixels.stream)
+        slot.point(pixels)
+
+    def _size(self, info: TensorInfo) -> int:
+        """Bytes of a network input or output at the largest batch."""
+        return self._high * int(np.prod(info.shape[1:])) * np.dtype(info.dtype).itemsize
+
+
+class _Plans:
+    """The letterbox's plans of a batch.
+
+    Attributes:
+        memory: Page-locked, where the host writes them.
+        host: The same by slot.
+        device: Where the kernels read them.
+    """
+
+    def __init__(self, device: GpuDevice, plan_bytes: int, batch: int) -> None:
+        self.memory = device.page_locked(batch * plan_bytes)
+        self.memory[:] = 0
+        self.host = [self.memory[slot * plan_bytes : (slot + 1) * plan_bytes] for slot in range(batch)]
+        self.device = device.allocate(batch * plan_bytes)
+
+
+class _Slot:
+    """One picture of a batch: its plan, and room for its pixels."""
+
+    def __init__(self, device: GpuDevice, letterbox: LetterboxKernel, plan: Bytes) -> None:
+        self._device = device
+        self._letterbox = letterbox
+        self._plan = plan
+        self._written: tuple[Any, ...] | None = None  # what the plan is for, but for addresses
+        self._pixels = Memory(0, 0, None)
+        self._staging = np.empty(0, np.uint8)
+
+    def fetch(self, size: tuple[int, int], address: int) -> None:
+        """The GPU fetches the frame from page-locked memory."""
+        self._write_upload(size, address, gathered=False)
+
+    def copy(self, frame: npt.NDArray[np.uint8]) -> None:
+        """Copy the rows that are needed to page-locked memory, from which the GPU fetches them."""
+        height, width = _size(frame)
+        rows = self._letterbox.needed_rows((height, width))
+        size = rows.count * width * _CHANNELS
+        if self._staging.size < upload_bytes(size):
+            self._staging = self._device.page_locked(upload_bytes(size))
+        target = self._staging[:size].reshape(rows.count, -1)
+        lines = frame.reshape(height, -1)
+        if rows.numbers is None:
+            np.copyto(target, lines)
+        else:
+            np.take(lines, rows.numbers, axis=0, out=target, mode="clip")  # the mode that writes without a buffer
+        self._write_upload((height, width), self._staging.ctypes.data, gathered=True)
+
+    def point(self, frame: DevicePixels) -> None:
+        """Read the frame where it is in device memory."""
+        kind = "device", frame.size
+        if self._written == kind:
+            self._letterbox.set_addresses(self._plan, pixels=frame.address, pitch=frame.pitch)
+        else:
+            self._plan[:] = self._letterbox.plan(frame.size, frame.address, frame.pitch)
+            self._written = kind
+
+    def clear(self) -> None:
+        """No frame."""
+        if self._written is not None:
+            self._plan[:] = 0
+            self._written = None
+
+    def _write_upload(self, size: tuple[int, int], source: int, *, gathered: bool) -> None:
+        kind = "host", size, gathered
+        if self._written == kind:
+            self._letterbox.set_addresses(self._plan, source=source)
+            return
+        room = upload_bytes(self._letterbox.needed_rows(size).count * size[1] * _CHANNELS)
+        if self._pixels.size < room:
+            self._pixels = self._device.allocate(room)
+        self._plan[:] = self._letterbox.upload_plan(size, self._pixels.address, source, gathered=gathered)
+        self._written = kind
+
+
+class _YoloLayer:
+    """YoloLayer after an engine that gives raw heads.
+
+    Attributes:
+        rows: Where the rows go.
+        row_count: Rows a picture has.
+    """
+
+    def __init__(self, engine: TrtEngine, tensors: dict[str, Memory]) -> None:
+        header = engine.header
+        model = header.model
+        half = header.outputs[0].dtype == "float16"
+        self._kernel = YoloLayerKernel(engine.device, model.anchors, model.strides, len(model.names), "best", half=half)
+        self._sizes = [(info.shape[2], info.shape[3]) for info in header.outputs]
+        self._heads = [tensors[info.name].address for info in header.outputs]
+        self.row_count = self._kernel.row_count(self._sizes)
+        self.rows = engine.device.allocate(4 * header.max_batch * self.row_count * BEST_VALUES)
+
+    def enqueue(self, batch: int, stream: Any) -> None:
+        self._kernel.launch(self._heads, self._sizes, batch, self.rows.address, stream)
+
+
+class _Nms:
+    """NMS with the options of the moment, and its buffers."""
+
+    def __init__(self, device: GpuDevice, row_count: int, largest_batch: int, class_count: int) -> None:
+        self._device = device
+        self._row_count = row_count
+        self._largest_batch = largest_batch
+        self._class_count = class_count
+        self._options = NmsOptions(max_detections=0)  # which no caller may have
+        self._kernels: dict[int, NmsKernel] = {}
+        self._workspace = device.allocate(NmsLayout(largest_batch, row_count, 1).workspace_bytes)
+
+    def set_options(self, options: NmsOptions) -> bool:
+        """Use other options; returns whether they are others, so that graphs are out of date."""
+        if options == self._options:
+            return False
+        mask = NmsKernel.class_mask(options, self._class_count)
+        self._mask = Memory(0, 0, None)
+        if mask is not None:
+            self._mask = self._device.allocate(mask.size)
+            stream = self._device.stream()
+            self._device.upload(self._mask.address, mask, stream)
+            self._device.synchronize(stream)
+        size = NmsLayout(self._largest_batch, self._row_count, options.max_detections).output_bytes
+        self._output, self._host_output = self._device.allocate(size), self._device.page_locked(size)
+        self._kernels = {}
+        self._options = options
+        return True
+
+    def enqueue(self, rows: int, batch: int, stream: Any) -> None:
+        self._kernel(batch).launch(rows, self._workspace.address, self._output.address, self._mask.address, stream)
+
+    def enqueue_download(self, batch: int, stream: Any) -> None:
+        size = self._kernel(batch).layout.output_bytes
+        self._device.download(self._host_output[:size], self._output.address, stream)
+
+    def boxes(self, batch: int) -> list[Boxes]:
+        return self._kernel(batch).layout.detections(self._host_output)
+
+    def _kernel(self, batch: int) -> NmsKernel:
+        kernel = self._kernels.get(batch)
+        if kernel is None:
+            layout = NmsLayout(batch, self._row_count, self._options.max_detections)
+            kernel = self._kernels[batch] = NmsKernel(self._device, layout, self._options)
+        return kernel
+
+
+def _size(frame: npt.NDArray[np.uint8]) -> tuple[int, int]:
+    """Height and width."""
+    return frame.shape[0], frame.shape[1]
+
+
+def _explain(problem: BaseException) -> str:
+    """A device library's error in one line with a remedy."""
+    text = (str(problem).splitlines() or [type(problem).__name__])[0]
+    if "memory" in text.lower() and "illegal" not in text.lower():
+        return f"the GPU's memory does not suffice ({text}): use a smaller batch, or free memory on the GPU"
+    return f"the GPU failed ({text}): start the program again; report it if it happens once more"
