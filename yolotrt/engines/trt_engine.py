@@ -51,8 +51,7 @@ class TrtEngine:
                 reason = self._logger.last_error or "no reason given"
                 raise EngineFileError(f"engine {engine.label} was refused by TensorRT ({reason}): {REBUILD}")
             self._require_tensors(engine.label)
-            size = getattr(self._engine, "device_memory_size_v2", None)
-            self.scratch_bytes = int(self._engine.device_memory_size if size is None else size)
+            self.scratch_bytes = self._needed_scratch()
 
     def context(self, batch: int, scratch: Memory) -> Any:
         """A new execution context for one batch size.
@@ -80,16 +79,27 @@ class TrtEngine:
         """TensorRT's last error message."""
         return str(self._logger.last_error or "no reason given")
 
+    def _needed_scratch(self) -> int:
+        """Bytes of device memory that a context needs."""
+        if hasattr(self._engine, "device_memory_size_v2"):  # TensorRT 10.1 and later
+            return int(self._engine.device_memory_size_v2)
+        if hasattr(self._engine, "device_memory_size"):
+            return int(self._engine.device_memory_size)
+        raise InferenceError(f"{self.trt.__name__} {self.trt.__version__} is not known: update yolotrt")
+
     def _new_context(self, scratch: Memory) -> Any:
+        """A context without memory of its own, given ours."""
         strategy = getattr(self.trt, "ExecutionContextAllocationStrategy", None)
-        if strategy is None:  # TensorRT 8
+        if strategy is not None:
+            context = self._engine.create_execution_context(strategy.USER_MANAGED)
+        elif hasattr(self._engine, "create_execution_context_without_device_memory"):  # TensorRT 8
             context = self._engine.create_execution_context_without_device_memory()
-            if context is not None:
-                context.device_memory = scratch.address
-            return context
-        context = self._engine.create_execution_context(strategy.USER_MANAGED)
-        if context is not None:
+        else:
+            raise InferenceError(f"{self.trt.__name__} {self.trt.__version__} is not known: update yolotrt")
+        if context is not None and hasattr(context, "set_device_memory"):
             context.set_device_memory(scratch.address, scratch.size)
+        elif context is not None:
+            context.device_memory = scratch.address
         return context
 
     def _require_tensors(self, label: str) -> None:
