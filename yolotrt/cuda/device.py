@@ -201,8 +201,7 @@ class CupyDevice(GpuDevice):
             cupy.cuda.memory.OutOfMemoryError,
         )
         try:
-            self._device = cupy.cuda.Device(index)
-            digits: str = self._device.compute_capability
+            digits: str = cupy.cuda.Device(index).compute_capability
             self.name = self._runtime.getDeviceProperties(index)["name"].decode()
         except cupy.cuda.runtime.CUDARuntimeError as problem:
             raise BackendUnavailableError(
@@ -213,11 +212,11 @@ class CupyDevice(GpuDevice):
 
     def current(self) -> contextlib.AbstractContextManager[Any]:
         """See `GpuDevice.current`."""
-        return self._device  # type: ignore[no-any-return]
+        return self._cupy.cuda.Device(self.index)  # type: ignore[no-any-return]  # a new one: they are not for threads
 
     def memory_info(self) -> tuple[int, int]:
         """See `GpuDevice.memory_info`."""
-        with self._device:
+        with self.current():
             free, total = self._runtime.memGetInfo()
         return int(free), int(total)
 
