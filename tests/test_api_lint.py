@@ -22,16 +22,13 @@ RTX = "tensorrt_rtx"
 LIBRARIES = ("8.6.1", "10.13.0.35", "11.4.0.106", RTX)
 
 SERVES = {
+    "engines/tensorrt.py": ("8.6.1", "10.13.0.35", "11.4.0.106"),
     "engines/tensorrt_rtx.py": (RTX,),
     "plugin/yololayer.py": ("10.13.0.35", "11.4.0.106"),
 }
 """Modules that do not serve all libraries."""
 
-EXCEPTIONS = {
-    ("engines/definition.py", "8.6.1", "NetworkDefinitionCreationFlag.STRONGLY_TYPED"): (
-        "no backend takes this way with TensorRT 8, whose networks are not strongly typed"
-    ),
-}
+EXCEPTIONS: dict[tuple[str, str, str], str] = {}
 """Names that a library lacks although the module serves it, and why that does no harm."""
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import yolotrt
+from tests.engines.fake_gpu import install_no_gpu
 from yolotrt import BuildOptions, build_engine
 from yolotrt.engines.build import BACKENDS, find_backend, open_session
 from yolotrt.engines.file import EngineFile, TensorInfo
@@ -44,7 +45,7 @@ def test_auto_is_a_backend_that_runs_here(tiny_weights):
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():
-    with pytest.raises(InputError, match=r"backend 'cuda' is not known: choose one of auto, onnxruntime, tensorrt-rtx"):
+    with pytest.raises(InputError, match=r"backend 'cuda' is not known: choose one of auto, tensorrt, tensorrt-rtx"):
         find_backend("cuda")
 
 
@@ -215,7 +216,10 @@ def test_options_out_of_range_are_refused(values, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"yololayer": "plugin"}, "gives something else than the raw heads of a detector"),
+        ({"yololayer": "plugin"}, "gives something else than the heads or rows of a detector"),
+        ({"yololayer": "kernel"}, "gives something else than the heads or rows of a detector"),
+        ({"yololayer": "elsewhere"}, "gives something else than the heads or rows of a detector"),
+        ({"backend": "tensorrt"}, "gives something else than the heads or rows of a detector"),
         ({"letterbox": {"pad_value": 0}}, "letterboxed by another rule"),
     ],
 )
@@ -275,11 +279,12 @@ def test_a_session_gets_the_settings_of_its_backend(tiny_engine):
             np.testing.assert_allclose(head, expected, rtol=0, atol=1e-5)  # another order of sums
 
 
-def test_an_rtx_engine_is_built_here_but_says_where_it_runs(tmp_path, tiny_weights):
+def test_an_rtx_engine_is_built_without_a_gpu_but_does_not_open_without_one(tmp_path, tiny_weights, monkeypatch):
     rtx = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    install_no_gpu(monkeypatch)
     engine = build_engine(tiny_weights, tmp_path / "a.engine", backend="tensorrt-rtx")
     header = EngineFile.load(engine.path).header
     assert (header.backend, header.backend_version, header.precision) == ("tensorrt-rtx", rtx.__version__, "fp16")
     assert [tensor.shape for tensor in header.outputs] == [(1, 24, 8, 8), (1, 24, 4, 4), (1, 24, 2, 2)]
-    with pytest.raises(BackendUnavailableError, match=r"a\.engine is a TensorRT-RTX plan.*: build with --backend onnx"):
+    with pytest.raises(BackendUnavailableError, match=r"^no NVIDIA GPU is usable here .*: use --backend onnxruntime$"):
         open_session(engine)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.reference import all_weights, complete, tiny_metadata
-from yolotrt.engines.definition import build_plan
+from yolotrt.engines.definition import BuildHooks, build_plan
 from yolotrt.engines.file import TensorInfo
 from yolotrt.errors import BuildError
 from yolotrt.network import recorder
@@ -103,11 +103,14 @@ def test_the_precision_is_that_of_all_layers_but_the_ends(tiny, monkeypatch, pre
 def test_the_library_gets_its_logger_and_the_options(tiny):
     library, logger, configured = Library(), object(), []
 
-    def configure(config: Config) -> None:
-        assert not config.is_built
-        configured.append(config)
+    class Hooks(BuildHooks):
+        def configure(self, config: Config) -> None:
+            assert not config.is_built
+            configured.append(config)
 
-    build_plan(library, tiny, complete(**SIZE, workspace_mib=64), logger=logger, configure=configure)
+    hooks = Hooks()
+    hooks.logger = logger
+    build_plan(library, tiny, complete(**SIZE, workspace_mib=64), hooks)
     assert library.loggers == [logger]
     assert library.config.limits == [(recorder.MemoryPoolType.WORKSPACE, 64 * 1024 * 1024)]
     assert configured == [library.config]
@@ -128,8 +131,10 @@ def test_the_workspace_is_left_to_the_library_unless_it_is_limited(tiny):
     ],
 )
 def test_a_failed_build_comes_with_the_librarys_reason(tiny, reason, message):
+    hooks = BuildHooks()
+    hooks.explain = lambda: reason
     with pytest.raises(BuildError) as problem:
-        build_plan(Library(builds=False), tiny, complete(**SIZE), explain=lambda: reason)
+        build_plan(Library(builds=False), tiny, complete(**SIZE), hooks)
     assert str(problem.value) == message
 
 

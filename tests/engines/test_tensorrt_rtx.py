@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.engines.fake_gpu import install_gpu, install_session
 from tests.reference import TINY_YAML, MadeUpWeights, all_weights, made_up_weights, official_metadata, tiny_metadata
-from yolotrt.engines import tensorrt_rtx as backend_module
 from yolotrt.engines.base import BuildOptions, CompleteOptions, Plan
 from yolotrt.engines.build import build_engine, find_backend, open_session
 from yolotrt.engines.file import EngineFile, TensorInfo
-from yolotrt.engines.tensorrt_rtx import NO_DRIVER_MESSAGE, TensorRtRtxBackend, make_logger, shared_logger
+from yolotrt.engines.tensorrt_rtx import TensorRtRtxBackend
+from yolotrt.engines.trt_adapter import TrtHooks
+from yolotrt.engines.trt_log import NO_DRIVER_MESSAGE, make_logger, shared_logger
 from yolotrt.errors import BackendUnavailableError, NetworkError, WeightsError
 from yolotrt.weights import Weights
 
@@ -58,14 +60,16 @@ PARAMETERS = {"n": 1_872_157, "s": 7_235_389, "m": 21_190_557, "l": 46_563_709, 
 @pytest.mark.parametrize(("size", "precision"), list(itertools.product("nsmlx", ("fp32", "fp16"))))
 def test_every_official_size_gives_a_plan(rtx, size, precision):
     weights = official_weights(size)
+    dtype = {"fp32": "float32", "fp16": "float16"}[precision]
     for batch, batch_range in ((1, (1, 1, 1)), (-1, (1, 4, 8))):
         plan = build(rtx, weights, precision, batch_range)
-        assert plan.inputs == (TensorInfo("images", "float32", (batch, 3, 640, 640)),)
+        assert plan.inputs == (TensorInfo("images", dtype, (batch, 3, 640, 640)),)
         assert plan.outputs == (
-            TensorInfo("head0", "float32", (batch, 255, 80, 80)),
-            TensorInfo("head1", "float32", (batch, 255, 40, 40)),
-            TensorInfo("head2", "float32", (batch, 255, 20, 20)),
+            TensorInfo("head0", dtype, (batch, 255, 80, 80)),
+            TensorInfo("head1", dtype, (batch, 255, 40, 40)),
+            TensorInfo("head2", dtype, (batch, 255, 20, 20)),
         )
+        assert plan.yololayer == "kernel"
         assert sum(array.size for name, array in weights.made.items() if ".running_" not in name) == PARAMETERS[size]
         # a plan holds every weight once, in the precision, and some megabytes of code
         weight_bytes = PARAMETERS[size] * {"fp32": 4, "fp16": 2}[precision]
@@ -89,10 +93,11 @@ def test_the_plan_itself_has_the_types_and_shapes(rtx, tiny, precision):
     if not rtx.__version__.startswith("1.7."):
         pytest.skip(f"the text inside plans is undocumented and was read from version 1.7, not {rtx.__version__}")
     tensors = plan_tensors(build(rtx, tiny, precision))
-    assert tensors["images.1"] == ("1 3 32 48", "float")
-    assert tensors["head0.1"] == ("1 14 8 12", "float")
-    assert tensors["head1.1"] == ("1 14 4 6", "float")
-    kinds = [kind for _, kind in tensors.values()]
+    kind = {"fp32": "float", "fp16": "half"}[precision]
+    assert tensors["images.1"] == ("1 3 32 48", kind)
+    assert tensors["head0.1"] == ("1 14 8 12", kind)
+    assert tensors["head1.1"] == ("1 14 4 6", kind)
+    kinds = [other for _, other in tensors.values()]
     assert ("half" in kinds) == (precision == "fp16")
     if precision == "fp16":
         assert kinds.count("half") > kinds.count("float")
@@ -129,21 +134,41 @@ def test_an_engine_file_says_what_it_holds(rtx, tiny, tmp_path):
     assert (header.backend, header.backend_version) == ("tensorrt-rtx", rtx.__version__)
     assert header.precision == "fp16"
     assert (header.imgsz, header.batch_range) == ((64, 96), (1, 2, 4))
-    assert header.inputs == (TensorInfo("images", "float32", (-1, 3, 64, 96)),)
+    assert header.inputs == (TensorInfo("images", "float16", (-1, 3, 64, 96)),)
+    assert header.yololayer == "kernel"
     assert [tensor.name for tensor in header.outputs] == ["head0", "head1"]
     assert (header.device_name, header.compute_capability) == ("", "")
     assert header.model == replace(tiny.metadata, yaml=header.model.yaml)
     assert b"head1" in engine.plan
 
 
-def test_running_a_plan_is_refused_in_one_clear_line(rtx, tiny, tmp_path):
-    engine = build_engine(tiny, tmp_path / "tiny.engine", backend="tensorrt-rtx")
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (12, 0), (12, 1)])
+def test_an_engine_opens_on_a_gpu_that_it_is_for(rtx, tiny, monkeypatch, capability):
+    opened = with_gpu(monkeypatch, capability)
+    engine = build_engine(tiny, backend="tensorrt-rtx")
+    assert open_session(engine) == "session"
+    assert opened == [(rtx, engine)]
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 7), (9, 0), (10, 0)])
+def test_an_engine_is_refused_on_another_gpu(rtx, tiny, monkeypatch, capability):
+    opened = with_gpu(monkeypatch, capability)
     with pytest.raises(BackendUnavailableError) as problem:
-        open_session(engine)
+        open_session(build_engine(tiny, backend="tensorrt-rtx"))
     assert str(problem.value) == (
-        f"engine {tmp_path / 'tiny.engine'} is a TensorRT-RTX plan, which this version builds but cannot run: "
-        "build with --backend onnxruntime to run on this machine"
+        "engine (in memory) is for TensorRT-RTX, which runs on compute capability 8.0, 8.6, 8.9 and 12.x "
+        f"(NVIDIA Test, compute capability {capability[0]}.{capability[1]}): "
+        "build with --backend tensorrt or onnxruntime"
     )
+    assert opened == []
+
+
+def with_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> list[Any]:
+    """A GPU, and a runtime that notes what it opens."""
+    opened: list[Any] = []
+    install_gpu(monkeypatch, capability=capability)
+    install_session(monkeypatch, opened)
+    return opened
 
 
 # --- refusals ---
@@ -181,22 +206,33 @@ def test_a_missing_library_is_one_clear_line(monkeypatch):
 # --- settings ---
 
 
-@pytest.mark.parametrize(("precision", "keeps_tf32"), [("fp32", False), ("fp16", True)])
+@pytest.mark.parametrize(("precision", "keeps_tf32"), [("fp32", False), ("tf32", True), ("fp16", True)])
 def test_fp32_is_true_fp32(rtx, monkeypatch, tiny, precision, keeps_tf32):
-    configs = []
-    build_plan = backend_module.build_plan
+    seen = []
+    configure = TrtHooks.configure
 
-    def spy(*args: Any, configure: Any, **settings: Any) -> Plan:
-        def look(config: Any) -> None:
-            assert config.get_flag(rtx.BuilderFlag.TF32), "TF32 is no longer the default"
-            configure(config)
-            configs.append(config.get_flag(rtx.BuilderFlag.TF32))
+    def spy(hooks: TrtHooks, config: Any) -> None:
+        assert config.get_flag(rtx.BuilderFlag.TF32), "TF32 is no longer the default"
+        configure(hooks, config)
+        seen.append(config.get_flag(rtx.BuilderFlag.TF32))
 
-        return build_plan(*args, configure=look, **settings)
+    monkeypatch.setattr(TrtHooks, "configure", spy)
+    plan = TensorRtRtxBackend().build(tiny, CompleteOptions(precision, (32, 48), (1, 1, 1)))
+    assert seen == [keeps_tf32]
+    assert {tensor.dtype for tensor in plan.inputs} == {"float16" if precision == "fp16" else "float32"}
 
-    monkeypatch.setattr(backend_module, "build_plan", spy)
-    TensorRtRtxBackend().build(tiny, CompleteOptions(precision, (32, 48), (1, 1, 1)))
-    assert configs == [keeps_tf32]
+
+@pytest.mark.parametrize("level", [0, 5])
+def test_the_optimization_level_reaches_the_library(rtx, monkeypatch, tiny, level):
+    seen = []
+    configure = TrtHooks.configure
+    monkeypatch.setattr(
+        TrtHooks,
+        "configure",
+        lambda hooks, config: (configure(hooks, config), seen.append(config.builder_optimization_level)),
+    )
+    TensorRtRtxBackend().build(tiny, CompleteOptions("fp16", (32, 48), (1, 1, 1), optimization_level=level))
+    assert seen == [level]
 
 
 def test_the_version_is_the_librarys(rtx):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -17,8 +18,9 @@ from yolotrt.postprocess import Boxes, NmsOptions
 from yolotrt.weights import Weights
 from yolotrt.weights.model import MAX_IMAGE_SIZE
 
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "tf32", "fp16")
 MAX_BATCH = 1024
+MAX_OPTIMIZATION_LEVEL = 5
 
 Frame = Any
 """A picture, uint8 BGR (height, width, 3): a NumPy array, or an array in device memory."""
@@ -26,18 +28,39 @@ Frame = Any
 HOST = "host"
 """`Plan.yololayer` of plans that give raw heads, which NumPy decodes."""
 
+KERNEL = "kernel"
+"""`Plan.yololayer` of plans that give raw heads, which a kernel decodes right after the engine."""
+
+PLUGIN = "plugin"
+"""`Plan.yololayer` of plans that give decoded rows."""
+
+AUTO_YOLOLAYER = "auto"
+YOLOLAYERS = (AUTO_YOLOLAYER, PLUGIN, KERNEL)
+"""What can be asked for; ``auto`` is the plugin where the library hosts it."""
+
+ROWS_NAME = "rows"
+"""The network's output where YoloLayer is a plugin: float32 (batch, rows, 6)."""
+
 
 @dataclass(frozen=True)
 class BuildOptions:
     """How to build an engine.
 
     Attributes:
-        precision: ``fp32`` or ``fp16``; None takes the backend's default.
+        precision: ``fp32``, ``tf32`` (fp32 whose products a GPU may round to 10 bits) or ``fp16``; None takes the
+            backend's default.
         imgsz: Network input height and width in pixels, or one number for both; None takes the model's own.
         min_batch: Smallest batch.
         max_batch: Largest batch. The batch is static where it equals `min_batch`.
         opt_batch: The batch that the engine is made fastest for; None takes the largest.
         workspace_mib: Limit on TensorRT's scratch memory in MiB; None leaves it to TensorRT.
+        optimization_level: How long TensorRT searches for fast kernels, 0 to 5; None leaves it to TensorRT (3).
+        timing_cache: File in which TensorRT keeps what it measured; None takes one in the user's cache folder.
+        use_timing_cache: Whether there is such a file at all.
+        hardware_compatible: Whether the engine runs on every GPU of compute capability 8.0 and later.
+        version_compatible: Whether the engine runs with later versions of TensorRT.
+        yololayer: Where raw heads become boxes on a GPU: ``plugin`` (inside the engine), ``kernel`` (right after it),
+            or ``auto`` for the plugin where TensorRT hosts it.
     """
 
     precision: str | None = None
@@ -46,6 +69,12 @@ class BuildOptions:
     max_batch: int = 1
     opt_batch: int | None = None
     workspace_mib: int | None = None
+    optimization_level: int | None = None
+    timing_cache: str | Path | None = None
+    use_timing_cache: bool = True
+    hardware_compatible: bool = False
+    version_compatible: bool = False
+    yololayer: str = AUTO_YOLOLAYER
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -62,6 +91,13 @@ class BuildOptions:
             )
         if self.workspace_mib is not None and self.workspace_mib < 1:
             raise InputError(f"workspace of {self.workspace_mib} MiB: choose at least 1")
+        level = self.optimization_level
+        if level is not None and (type(level) is not int or not 0 <= level <= MAX_OPTIMIZATION_LEVEL):
+            raise InputError(f"optimization level {level!r}: choose 0 (fast build) to {MAX_OPTIMIZATION_LEVEL}")
+        if self.timing_cache is not None and not self.use_timing_cache:
+            raise InputError(f"timing cache {self.timing_cache} is named and turned off: leave out one of the two")
+        if self.yololayer not in YOLOLAYERS:
+            raise InputError(f"YoloLayer {self.yololayer!r} is not known: choose one of {', '.join(YOLOLAYERS)}")
         if self.imgsz is not None:
             _check_image_size(self.imgsz)
 
@@ -88,6 +124,12 @@ class BuildOptions:
             imgsz=(size, size) if isinstance(size, int) else (size[0], size[1]),
             batch_range=self.batch_range,
             workspace_mib=self.workspace_mib,
+            optimization_level=self.optimization_level,
+            timing_cache=None if self.timing_cache is None else Path(self.timing_cache),
+            use_timing_cache=self.use_timing_cache,
+            hardware_compatible=self.hardware_compatible,
+            version_compatible=self.version_compatible,
+            yololayer=self.yololayer,
         )
 
 
@@ -96,16 +138,28 @@ class CompleteOptions:
     """`BuildOptions` with the defaults of the model and the backend filled in.
 
     Attributes:
-        precision: ``fp32`` or ``fp16``.
+        precision: ``fp32``, ``tf32`` or ``fp16``.
         imgsz: Network input height and width in pixels.
         batch_range: Smallest, usual and largest batch.
-        workspace_mib: Limit on TensorRT's scratch memory in MiB, or None.
+        workspace_mib: As in `BuildOptions`, like all that follows.
+        optimization_level: 0 to 5, or None.
+        timing_cache: The file, or None for the usual one.
+        use_timing_cache: Whether there is one.
+        hardware_compatible: For all GPUs from compute capability 8.0 on.
+        version_compatible: For later versions of TensorRT.
+        yololayer: ``auto``, ``plugin`` or ``kernel``.
     """
 
     precision: str
     imgsz: tuple[int, int]
     batch_range: tuple[int, int, int]
     workspace_mib: int | None = None
+    optimization_level: int | None = None
+    timing_cache: Path | None = None
+    use_timing_cache: bool = True
+    hardware_compatible: bool = False
+    version_compatible: bool = False
+    yololayer: str = AUTO_YOLOLAYER
 
     @property
     def is_dynamic(self) -> bool:
@@ -121,9 +175,11 @@ class Plan:
         data: The serialized plan.
         inputs: The network's inputs.
         outputs: The network's outputs, finest level first.
-        yololayer: Where raw heads become boxes: ``host`` if the plan gives raw heads.
+        yololayer: Where raw heads become boxes: ``host`` (NumPy), ``kernel`` (a kernel after the engine) or ``plugin``
+            (in the engine, whose only output is ``rows``).
         device_name: GPU that it was built on or for; empty for a CPU.
         compute_capability: Of that GPU; empty for a CPU.
+        findings: What the backend found out about the plan, for the header's `build_options`; values of JSON types.
     """
 
     data: bytes
@@ -132,6 +188,7 @@ class Plan:
     yololayer: str = HOST
     device_name: str = ""
     compute_capability: str = ""
+    findings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -265,10 +322,29 @@ class Backend(abc.ABC):
     Attributes:
         name: Its name on the command line.
         default_precision: The precision where none is asked for.
+        precisions: What it can build.
+        gpu_options: Options for GPUs that it knows, by their names in `CompleteOptions`.
     """
 
     name: str
     default_precision: str
+    precisions: tuple[str, ...] = ("fp32", "fp16")
+    gpu_options: frozenset[str] = frozenset()
+
+    def check_options(self, options: CompleteOptions) -> None:
+        """Refuse what this library cannot do: an option without effect is a mistake.
+
+        Raises:
+            InputError: if it does not know the precision or an option.
+        """
+        if options.precision not in self.precisions:
+            raise InputError(
+                f"{self.name} does not build {options.precision}: choose one of {', '.join(self.precisions)}"
+            )
+        for field_name, option in _GPU_OPTIONS.items():
+            is_asked_for = getattr(options, field_name) not in (None, False, AUTO_YOLOLAYER)
+            if is_asked_for and field_name not in self.gpu_options:
+                raise InputError(f"{self.name} has no {option}: leave it out, or choose another --backend")
 
     @abc.abstractmethod
     def version(self) -> str:
@@ -309,6 +385,15 @@ def _check_image_size(size: Any) -> None:
             f"image size {size!r:.60}: choose a number of pixels, or height and width, from 1 to {MAX_IMAGE_SIZE}"
         )
 
+
+_GPU_OPTIONS = {
+    "optimization_level": "--optimization-level",
+    "timing_cache": "--timing-cache",
+    "hardware_compatible": "--hardware-compatible",
+    "version_compatible": "--version-compatible",
+    "yololayer": "--yololayer",
+}
+"""Options that not every backend knows: fields of `CompleteOptions` and their names on the command line."""
 
 BackendFactory = Callable[[], Backend]
 BackendTable = Mapping[str, BackendFactory]

@@ -4,23 +4,39 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import importlib.util
 import logging
 from pathlib import Path
+from typing import Any
 
 import yolotrt
-from yolotrt.engines.base import HOST, Backend, BackendTable, BuildOptions, Session
+from yolotrt.engines.base import (
+    HOST,
+    KERNEL,
+    PLUGIN,
+    ROWS_NAME,
+    Backend,
+    BackendTable,
+    BuildOptions,
+    CompleteOptions,
+    Plan,
+    Session,
+)
 from yolotrt.engines.file import EngineFile, EngineHeader, require_engine_target
+from yolotrt.engines.gpu import find_gpu, label
 from yolotrt.engines.onnx import OnnxRuntimeBackend
-from yolotrt.engines.tensorrt_rtx import TensorRtRtxBackend
-from yolotrt.errors import EngineFileError, InputError
+from yolotrt.engines.tensorrt import TensorRtBackend, tensorrt_module
+from yolotrt.engines.tensorrt_rtx import TensorRtRtxBackend, runs_on, tensorrt_rtx_module
+from yolotrt.errors import BackendUnavailableError, EngineFileError, InputError
 from yolotrt.weights import Weights, load_weights
 from yolotrt.weights.infer import network_tensors
 
 _log = logging.getLogger(__name__)
 
 BACKENDS: BackendTable = {
-    OnnxRuntimeBackend.name: OnnxRuntimeBackend,
+    TensorRtBackend.name: TensorRtBackend,
     TensorRtRtxBackend.name: TensorRtRtxBackend,
+    OnnxRuntimeBackend.name: OnnxRuntimeBackend,
 }
 """Every backend by its name on the command line."""
 
@@ -39,7 +55,7 @@ def build_engine(
     Args:
         weights: A model, or the path of a .wts, .safetensors or .pt file.
         path: Where to write the engine file; None keeps it in memory.
-        backend: ``onnxruntime``, ``tensorrt-rtx``, or ``auto`` for the best one that runs on this machine.
+        backend: ``tensorrt``, ``tensorrt-rtx``, ``onnxruntime``, or ``auto`` for the best one that runs here.
         options: Precision, image size and batch; None takes the defaults.
 
     Returns:
@@ -59,6 +75,7 @@ def build_engine(
         weights = load_weights(weights)
     library = find_backend(backend)
     complete = (options or BuildOptions()).completed(library.default_precision, weights.metadata.imgsz)
+    library.check_options(complete)
     version = library.version()
     _log.info("building with %s %s: %s", library.name, version, complete)
     plan = library.build(weights, complete)
@@ -78,7 +95,7 @@ def build_engine(
         letterbox=LETTERBOX_RULE,
         device_name=plan.device_name,
         compute_capability=plan.compute_capability,
-        build_options={"workspace_mib": complete.workspace_mib},
+        build_options=_build_options(complete, plan),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         yolotrt_version=yolotrt.__version__,
     )
@@ -106,9 +123,9 @@ def open_session(engine: EngineFile, *, threads: int | None = None) -> Session:
             f"engine {engine.label} is for the backend {engine.header.backend!r}, which this version does not know: "
             "update yolotrt or build it again with python -m yolotrt -s"
         )
-    if header.yololayer != HOST or len(header.outputs) != len(header.model.strides) or header.model.task != "detect":
+    if header.model.task != "detect" or not _gives_what_it_says(header):
         raise EngineFileError(
-            f"engine {engine.label} gives something else than the raw heads of a detector: update yolotrt or "
+            f"engine {engine.label} gives something else than the heads or rows of a detector: update yolotrt or "
             "build it again with python -m yolotrt -s"
         )
     if dict(header.letterbox) != LETTERBOX_RULE:
@@ -126,10 +143,55 @@ def find_backend(name: str) -> Backend:
         InputError: if the name is unknown.
     """
     if name == AUTO:
-        return OnnxRuntimeBackend()
+        return _best_backend()
     if name not in BACKENDS:
         raise InputError(f"backend {name!r} is not known: choose one of {', '.join((AUTO, *BACKENDS))}")
     return BACKENDS[name]()
+
+
+def _best_backend() -> Backend:
+    """TensorRT, or else TensorRT-RTX, if it is installed and a GPU for it is there; otherwise ONNX Runtime."""
+    present = {name for name in ("tensorrt", "tensorrt_rtx") if importlib.util.find_spec(name) is not None}
+    try:
+        if not present:
+            raise BackendUnavailableError("neither TensorRT nor TensorRT-RTX is installed")
+        gpu = find_gpu()
+        if "tensorrt" in present:
+            tensorrt_module()
+            return _chosen(TensorRtBackend(), label(gpu))
+        if not runs_on(gpu.capability):
+            raise BackendUnavailableError(f"TensorRT-RTX does not run on this GPU ({label(gpu)})")
+        tensorrt_rtx_module()
+        return _chosen(TensorRtRtxBackend(), label(gpu))
+    except BackendUnavailableError as problem:
+        return _chosen(OnnxRuntimeBackend(), str(problem))
+
+
+def _chosen(backend: Backend, reason: str) -> Backend:
+    _log.info("choosing the backend %s: %s", backend.name, reason)
+    return backend
+
+
+def _gives_what_it_says(header: EngineHeader) -> bool:
+    """Whether the outputs are those of the place that YoloLayer has."""
+    from yolotrt.cuda.kernels import BEST_VALUES
+
+    if header.yololayer == PLUGIN:
+        outputs = [(tensor.name, tensor.dtype, tensor.shape[2:]) for tensor in header.outputs]
+        return header.backend == TensorRtBackend.name and outputs == [(ROWS_NAME, "float32", (BEST_VALUES,))]
+    on_cpu = header.backend == OnnxRuntimeBackend.name
+    return header.yololayer == (HOST if on_cpu else KERNEL) and len(header.outputs) == len(header.model.strides)
+
+
+def _build_options(options: CompleteOptions, plan: Plan) -> dict[str, Any]:
+    """What the header keeps of the options that have no field of their own, and what the build found out."""
+    return {
+        "workspace_mib": options.workspace_mib,
+        "optimization_level": options.optimization_level,
+        "hardware_compatible": options.hardware_compatible,
+        "version_compatible": options.version_compatible,
+        **plan.findings,
+    }
 
 
 def _weights_checksum(weights: Weights) -> str:

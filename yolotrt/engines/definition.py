@@ -1,64 +1,103 @@
 """Drives a library's builder: network definition, optimization profile, serialized plan.
 
-All libraries here have TensorRT's strongly typed builder API, so there is one way through it.
+All libraries have TensorRT's builder API, so there is one way through it; `BuildHooks` are where they differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 from yolotrt.engines.base import CompleteOptions, Plan
 from yolotrt.engines.file import TensorInfo
-from yolotrt.errors import BuildError
+from yolotrt.errors import BuildError, YolotrtError
 from yolotrt.network.builder import INPUT_NAME, NetworkBuilder
+from yolotrt.network.ops import Tensor
 from yolotrt.weights import Weights
 
 MIB = 1 << 20
 
 
-def build_plan(
-    trt: Any,
-    weights: Weights,
-    options: CompleteOptions,
-    *,
-    logger: Any = None,
-    explain: Callable[[], str] = str,
-    configure: Callable[[Any], None] | None = None,
-) -> Plan:
-    """Build a strongly typed network and serialize it.
+class BuildHooks:
+    """What a library does in its own way. As it stands: strongly typed, float32 at both ends, without a logger.
+
+    Attributes:
+        logger: The library's logger object.
+    """
+
+    logger: Any = None
+
+    def explain(self) -> str:
+        """The library's last error message."""
+        return ""
+
+    def failure(self) -> YolotrtError:
+        """The error to raise after the library has failed."""
+        return BuildError(f"the engine could not be built: {self.explain() or 'the library gave no reason'}")
+
+    def create_network(self, trt: Any, builder: Any) -> Any:
+        """An empty network."""
+        return builder.create_network(1 << int(getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", 0)))
+
+    def io_dtype(self, trt: Any, compute_dtype: Any) -> Any:  # noqa: ARG002
+        """The type of the network's input and heads."""
+        return trt.float32
+
+    def finish_network(self, definition: NetworkBuilder, network: Any, heads: Mapping[str, Tensor]) -> list[Tensor]:  # noqa: ARG002
+        """Make the network's outputs; `heads` are the raw heads by name, of the compute type."""
+        return list(definition.mark_outputs(heads).values())
+
+    def configure(self, config: Any) -> None:
+        """Set what has no option in `build_plan`."""
+
+    def serialize(self, definition: NetworkBuilder, builder: Any, config: Any) -> bytes | None:
+        """Let the library work; None if it failed."""
+        return definition.serialize(builder, config)
+
+
+def build_plan(trt: Any, weights: Weights, options: CompleteOptions, hooks: BuildHooks | None = None) -> Plan:
+    """Build a network and serialize it.
 
     Args:
-        trt: The library's module: `tensorrt_rtx`, `yolotrt.network.recorder`, ...
+        trt: The library's module: `tensorrt`, `tensorrt_rtx`, `yolotrt.network.recorder`, ...
         weights: The model.
         options: How to build it.
-        logger: The library's logger object.
-        explain: Returns the library's last error message.
-        configure: Called with the builder configuration before the build.
+        hooks: What the library does in its own way.
 
     Raises:
         BuildError: if the library refuses to build.
-        NetworkError, GraphError, WeightsError: if the model is wrong; see `NetworkBuilder.build`.
+        NetworkError, GraphError, WeightsError: if the model is wrong; see `NetworkBuilder.build_heads`.
     """
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    hooks = hooks or BuildHooks()
+    try:
+        builder = trt.Builder(hooks.logger)
+    except (TypeError, RuntimeError) as problem:  # "factory function returned nullptr"
+        raise hooks.failure() from problem
+    network = hooks.create_network(trt, builder)
     network.name = "yolov5"
     compute_dtype = trt.float16 if options.precision == "fp16" else trt.float32
-    definition = NetworkBuilder(network, trt, weights, compute_dtype=compute_dtype, explain=explain)
-    outputs = definition.build(-1 if options.is_dynamic else options.batch_range[2], *options.imgsz)
+    definition = NetworkBuilder(
+        network,
+        trt,
+        weights,
+        compute_dtype=compute_dtype,
+        explain=hooks.explain,
+        io_dtype=hooks.io_dtype(trt, compute_dtype),
+    )
+    heads = definition.build_heads(-1 if options.is_dynamic else options.batch_range[2], *options.imgsz)
+    outputs = hooks.finish_network(definition, network, heads)
     config = builder.create_builder_config()
     _set_profile(builder, config, options)
     if options.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * MIB)
-    if configure is not None:
-        configure(config)
-    data = builder.build_serialized_network(network, config)
+    hooks.configure(config)
+    data = hooks.serialize(definition, builder, config)
     if data is None:
-        raise BuildError(f"the engine could not be built: {explain() or 'the library gave no reason'}")
+        raise hooks.failure()
     return Plan(
-        bytes(data),
+        data,
         inputs=tuple(_info(network.get_input(index)) for index in range(network.num_inputs)),
-        outputs=tuple(_info(tensor) for tensor in outputs.values()),
+        outputs=tuple(_info(tensor) for tensor in outputs),
     )
 
 

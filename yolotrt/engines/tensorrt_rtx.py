@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import logging
+from dataclasses import replace
 from typing import Any
 
-from yolotrt.engines.base import Backend, CompleteOptions, Plan, Session
+from yolotrt.engines.base import KERNEL, PLUGIN, PRECISIONS, Backend, CompleteOptions, Plan, Session
 from yolotrt.engines.definition import build_plan
 from yolotrt.engines.file import EngineFile
+from yolotrt.engines.gpu import find_gpu, label
+from yolotrt.engines.trt_adapter import TrtHooks
 from yolotrt.errors import BackendUnavailableError
 from yolotrt.weights import Weights
 
-_log = logging.getLogger(__name__)
-
-NO_DRIVER_MESSAGE = "catchCudaError"
-"""In the text of the warning that a machine without an NVIDIA driver gives on each build."""
+CAPABILITIES = ((8, 0), (8, 6), (8, 9))
+BLACKWELL_RTX = 12
+"""Compute capabilities 8.0, 8.6, 8.9 and 12.x: TensorRT-RTX documentation, "CPU-Only AOT and TensorRT-RTX Engines"."""
 
 
 class TensorRtRtxBackend(Backend):
@@ -23,38 +23,49 @@ class TensorRtRtxBackend(Backend):
 
     name = "tensorrt-rtx"
     default_precision = "fp16"
+    precisions = PRECISIONS
+    gpu_options = frozenset({"optimization_level", "yololayer"})
 
     def version(self) -> str:
         """Version of TensorRT-RTX."""
-        return str(_tensorrt_rtx().__version__)
+        return str(tensorrt_rtx_module().__version__)
 
     def build(self, weights: Weights, options: CompleteOptions) -> Plan:
-        """Build a plan; fp32 is true fp32, without TF32."""
-        trt = _tensorrt_rtx()
-        logger = shared_logger(trt)
-        logger.errors.clear()
-
-        def configure(config: Any) -> None:
-            if options.precision == "fp32":
-                config.clear_flag(trt.BuilderFlag.TF32)
-
-        plan = build_plan(
-            trt, weights, options, logger=logger, explain=lambda: str(logger.last_error), configure=configure
-        )
-        for message in logger.errors:  # the library goes on after some mistakes
-            _log.warning("TensorRT-RTX built the engine in spite of an error: %s", message)
-        return plan
+        """Build a plan; fp32 is true fp32, without TF32. YoloLayer follows the engine: RTX hosts no plugins."""
+        if options.yololayer == PLUGIN:
+            raise BackendUnavailableError("TensorRT-RTX takes no plugins: build with --yololayer kernel")
+        trt = tensorrt_rtx_module()
+        hooks = TrtHooks(trt, options)
+        plan = build_plan(trt, weights, options, hooks)
+        hooks.warn_of_survived_errors()
+        return replace(plan, yololayer=KERNEL)
 
     def open(self, engine: EngineFile, *, threads: int | None = None) -> Session:  # noqa: ARG002
-        """Running these plans is not possible in this version."""
-        raise BackendUnavailableError(
-            f"engine {engine.label} is a TensorRT-RTX plan, which this version builds but cannot run: "
-            "build with --backend onnxruntime to run on this machine"
-        )
+        """Open a session on a GPU that TensorRT-RTX supports."""
+        trt = tensorrt_rtx_module()
+        gpu = find_gpu()
+        if not runs_on(gpu.capability):
+            raise BackendUnavailableError(
+                f"engine {engine.label} is for TensorRT-RTX, which runs on compute capability 8.0, 8.6, 8.9 and 12.x "
+                f"({label(gpu)}): build with --backend tensorrt or onnxruntime"
+            )
+        from yolotrt.engines.gpu_session import GpuSession  # type: ignore[import-not-found,unused-ignore]
+
+        session: Session = GpuSession.open(trt, engine)
+        return session
 
 
-def _tensorrt_rtx() -> Any:
-    """The module tensorrt_rtx."""
+def runs_on(capability: tuple[int, int]) -> bool:
+    """Whether TensorRT-RTX engines, as they are built here, run on a GPU of this compute capability."""
+    return capability in CAPABILITIES or capability[0] == BLACKWELL_RTX
+
+
+def tensorrt_rtx_module() -> Any:
+    """The module tensorrt_rtx.
+
+    Raises:
+        BackendUnavailableError: if it is not installed.
+    """
     try:
         import tensorrt_rtx
     except (ImportError, OSError) as problem:
@@ -62,48 +73,3 @@ def _tensorrt_rtx() -> Any:
             f'TensorRT-RTX is not installed ({problem}): run pip install "yolotrtx[rtx]"'
         ) from problem
     return tensorrt_rtx
-
-
-@functools.cache
-def shared_logger(trt: Any) -> Any:
-    """The one logger of a library in this process: TensorRT complains about a second one."""
-    return make_logger(trt)
-
-
-def make_logger(trt: Any) -> Any:
-    """A logger of the library that passes its messages to `logging` and remembers errors.
-
-    Args:
-        trt: The module `tensorrt` or `tensorrt_rtx`.
-
-    Returns:
-        An `ILogger` with the attributes `last_error` (str) and `errors` (list of all error messages).
-    """
-    severity = trt.ILogger.Severity
-    levels = {
-        severity.INTERNAL_ERROR: logging.ERROR,
-        severity.ERROR: logging.ERROR,
-        severity.WARNING: logging.WARNING,
-        severity.INFO: logging.DEBUG,
-        severity.VERBOSE: logging.DEBUG,
-    }
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        @property
-        def last_error(self) -> str:
-            return self.errors[-1] if self.errors else ""
-
-        def log(self, severity: Any, message: str) -> None:
-            level = levels.get(severity, logging.DEBUG)
-            if NO_DRIVER_MESSAGE in message:
-                level = logging.DEBUG
-            elif level == logging.ERROR:
-                self.errors.append(message.strip())
-                level = logging.DEBUG  # it reaches the user in the exception's text
-            _log.log(level, "%s: %s", trt.__name__, message.strip())
-
-    return Logger()

@@ -42,7 +42,14 @@ class NetworkBuilder:
     """
 
     def __init__(
-        self, network: Any, trt: Any, weights: Weights, *, compute_dtype: Any, explain: Callable[[], str] = str
+        self,
+        network: Any,
+        trt: Any,
+        weights: Weights,
+        *,
+        compute_dtype: Any,
+        explain: Callable[[], str] = str,
+        io_dtype: Any = None,
     ) -> None:
         """Prepare to build into an empty network.
 
@@ -52,22 +59,48 @@ class NetworkBuilder:
             weights: The model.
             compute_dtype: `trt.float32` or `trt.float16`.
             explain: Returns the library's last error message.
+            io_dtype: The type of the network's input and outputs; None is `trt.float32`.
 
         Raises:
             GraphError: if the model's yaml is malformed.
         """
+        self._network = network
         self.graph = ModelGraph.from_metadata(weights.metadata)
         self.summary: list[LayerSummary] = []
         self._tensors = _UsedTensors(weights.tensors)
-        self._ops = Ops(network, trt, replace(weights, tensors=self._tensors), compute_dtype, explain)
+        self._ops = Ops(
+            network, trt, replace(weights, tensors=self._tensors), compute_dtype, explain, io_dtype=io_dtype
+        )
 
     @property
     def keep_alive(self) -> list[Any]:
-        """Arrays that must outlive the engine's build, since TensorRT reads them by pointer."""
+        """Arrays that must outlive the engine's build, since TensorRT reads them by pointer; see `serialize`."""
         return list(self._ops.keep_alive)
 
+    @property
+    def convolutions(self) -> tuple[str, ...]:
+        """Names of all convolutions."""
+        return tuple(self._ops.convolutions)
+
     def build(self, batch: int, height: int, width: int) -> dict[str, Tensor]:
-        """Add input ``images`` (batch, 3, height, width), all layers and the outputs, float32 at both ends.
+        """Add input ``images`` (batch, 3, height, width), all layers, and the heads as outputs; see `build_heads`."""
+        return self.mark_outputs(self.build_heads(batch, height, width))
+
+    def mark_outputs(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Make tensors the network's outputs, by name."""
+        return {name: self._ops.output(tensor, name) for name, tensor in tensors.items()}
+
+    def serialize(self, builder: Any, config: Any) -> bytes | None:
+        """Let the library build the plan, while this object keeps the arrays alive that it reads by pointer.
+
+        Returns:
+            The plan, or None if the library failed.
+        """
+        plan = builder.build_serialized_network(self._network, config)
+        return None if plan is None else bytes(plan)
+
+    def build_heads(self, batch: int, height: int, width: int) -> dict[str, Tensor]:
+        """Add input ``images`` (batch, 3, height, width) and all layers, but no output.
 
         Args:
             batch: Number of pictures, or -1 for a dynamic batch.
@@ -75,7 +108,7 @@ class NetworkBuilder:
             width: Input width in pixels, likewise.
 
         Returns:
-            The network's outputs by name: ``head0`` (finest level) and on, each
+            The heads by name: ``head0`` (finest level) and on, each of the compute type and
             (batch, anchors x (5 + classes), height / stride, width / stride).
 
         Raises:
@@ -88,7 +121,7 @@ class NetworkBuilder:
         heads = self._add_layers(image)
         self._check_head_sizes(heads, height, width)
         self._check_no_tensor_is_left()
-        return {name: self._ops.output(tensor, name) for name, tensor in heads.items()}
+        return heads
 
     def _add_layers(self, image: Tensor) -> dict[str, Tensor]:
         """Add all layers of the yaml; returns what the head gives."""

@@ -32,10 +32,18 @@ class Ops:
 
     Attributes:
         weights: The model's arrays and metadata.
+        convolutions: Names of the convolutions that were added.
     """
 
     def __init__(
-        self, network: Any, trt: Any, weights: Weights, compute_dtype: Any, explain: Callable[[], str] = str
+        self,
+        network: Any,
+        trt: Any,
+        weights: Weights,
+        compute_dtype: Any,
+        explain: Callable[[], str] = str,
+        *,
+        io_dtype: Any = None,
     ) -> None:
         """Wrap a network definition.
 
@@ -45,27 +53,29 @@ class Ops:
             weights: The arrays to take.
             compute_dtype: `trt.float32` or `trt.float16`: the type of all activations and weights.
             explain: Returns the library's last error message, for errors raised here.
+            io_dtype: The type of the network's inputs and outputs; None is `trt.float32`.
         """
         self.weights = weights
         self._network = network
         self._trt = trt
         self._compute_dtype = compute_dtype
+        self._io_dtype = trt.float32 if io_dtype is None else io_dtype
         self._numpy_dtype = np.float16 if compute_dtype == trt.float16 else np.float32
         self._explain = explain
         # TensorRT reads some arrays as late as in the build, by pointer: each must outlive it.
         self.keep_alive: list[npt.NDArray[Any]] = []
+        self.convolutions: list[str] = []
 
     def input(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Add a float32 network input; a dimension of -1 is dynamic. Computation goes on in the compute type."""
-        tensor = self._network.add_input(name, self._trt.float32, shape)
+        """Add a network input; a dimension of -1 is dynamic. Computation goes on in the compute type."""
+        tensor = self._network.add_input(name, self._io_dtype, shape)
         if tensor is None:
             raise NetworkError(f"input {name} of shape {shape} was refused{self._reason()}")
-        return self._cast(tensor, self._compute_dtype, f"{name}.cast")
+        return self._with_dtype(tensor, self._compute_dtype, f"{name}.cast")
 
     def output(self, tensor: Tensor, name: str) -> Tensor:
-        """Mark `tensor` as the float32 network output `name`."""
-        if tensor.dtype != self._trt.float32:
-            tensor = self._cast(tensor, self._trt.float32, f"{name}.cast")
+        """Mark `tensor`, which is of the compute type, as the network output `name`."""
+        tensor = self._with_dtype(tensor, self._io_dtype, f"{name}.cast")
         tensor.name = name
         self._network.mark_output(tensor)
         return tensor
@@ -91,6 +101,7 @@ class Ops:
         layer.padding_nd = padding
         layer.dilation_nd = dilation
         layer.num_groups = groups
+        self.convolutions.append(name)
         return self._checked(layer, name)
 
     def conv_batch_norm(
@@ -175,9 +186,13 @@ class Ops:
     def _elementwise(self, a: Tensor, b: Tensor, name: str, operation: Any) -> Tensor:
         return self._checked(self._network.add_elementwise(a, b, operation), name)
 
-    def _cast(self, x: Tensor, dtype: Any, name: str) -> Tensor:
-        """Convert to `dtype`; no layer where it is that already."""
-        return x if x.dtype == dtype else self._checked(self._network.add_cast(x, dtype), name)
+    def _with_dtype(self, x: Tensor, dtype: Any, name: str) -> Tensor:
+        """Convert from or to the compute type; no layer where both ends of the network have it.
+
+        The tensor is not asked: TensorRT 8 decides the types inside a network when it builds.
+        """
+        same = self._io_dtype == self._compute_dtype
+        return x if same else self._checked(self._network.add_cast(x, dtype), name)
 
     def _constant(self, array: npt.NDArray[np.float32], name: str) -> Any:
         """`array` as the library's `Weights` in the compute type, kept alive."""
@@ -206,6 +221,7 @@ class Ops:
         """Name the layer and return its output, whose shape the library must be able to tell."""
         self._require(layer, name)
         layer.name = name
+        layer.metadata = name  # what the engine inspector shows of a layer that was fused into another
         output = layer.get_output(0)
         try:
             shape = tuple(output.shape)
