@@ -20,6 +20,8 @@ import cv2
 import numpy as np
 import pytest
 
+from tests.engines.fake_gpu import install_gpu, install_no_gpu
+from tests.engines.fake_tensorrt import install_tensorrt
 from yolotrt import BuildOptions, Detector, build_engine, load_weights
 from yolotrt.cli import main
 from yolotrt.engines.file import EngineFile
@@ -152,6 +154,73 @@ def test_the_raw_plan_is_the_engine_without_its_header(run, tiny_weights):
     onnx.checker.check_model(onnx.load("plans/tiny.onnx"), full_check=True)
 
 
+def test_a_raw_plan_replaces_an_older_one(run, tiny_weights):
+    save_weights(tiny_weights, "tiny.wts")
+    for _ in range(2):
+        run("-s", "--weights", "tiny.wts", "--raw-plan", "tiny.onnx").assert_succeeds()
+    Path("tiny.plan").write_bytes(b"ftrt" + bytes(20))
+    run("-s", "--weights", "tiny.wts", "--raw-plan", "tiny.plan").assert_succeeds()
+    assert Path("tiny.plan").read_bytes() == Path("tiny.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["pictures/a.png", "tiny.wts.bak", "yolotrt.engine"])
+def test_a_raw_plan_never_replaces_a_file_of_another_kind(run, tiny_weights, name):
+    save_weights(tiny_weights, "tiny.wts")
+    save_weights(tiny_weights, "tiny.safetensors")
+    Path("tiny.safetensors").rename("tiny.wts.bak")
+    before = Path(name).read_bytes()
+    result = run("-s", "--weights", "tiny.wts", "--engine", "new.engine", "--raw-plan", name)
+    result.assert_fails(2, f"cannot write the plan {name}: a file of another kind is there: choose another name")
+    assert Path(name).read_bytes() == before
+    assert not Path("new.engine").exists()
+
+
+GPU_OPTIONS = (
+    "--backend tensorrt --precision tf32 --optimization-level 2 --workspace 99 --hardware-compatible "
+    "--version-compatible --yololayer kernel --timing-cache own/tiny.timing"
+)
+
+
+def test_options_for_gpus_reach_tensorrt(run, tiny_weights, monkeypatch, tmp_path):
+    monkeypatch.setenv("YOLOTRT_CACHE_DIR", str(tmp_path / "cache"))
+    install_gpu(monkeypatch)
+    install_tensorrt(monkeypatch, "10.13.0.35")
+    save_weights(tiny_weights, "tiny.wts")
+    lines = output_lines(run("-s", "--weights", "tiny.wts", *GPU_OPTIONS.split()))
+    assert re.search(
+        r"tf32, tensorrt 10\.13\.0\.35, 8 of 8 convolutions tf32, YoloLayer as kernel, 0\.0 MB, ", lines[-1]
+    )
+    header = EngineFile.load("yolotrt.engine").header
+    assert header.build_options == {
+        "workspace_mib": 99,
+        "optimization_level": 2,
+        "hardware_compatible": True,
+        "version_compatible": True,
+        "convolutions": {"tf32": 8},
+    }
+    assert Path("own/tiny.timing").is_file()
+    assert not (tmp_path / "cache").exists()
+    described = run("--info", "yolotrt.engine").assert_succeeds().out
+    assert re.search(
+        r"build +8 of 8 convolutions tf32, optimization level 2, workspace 99 MiB, "
+        r"for every GPU from compute capability 8\.0 on, for later versions of TensorRT\n",
+        described,
+    )
+    assert re.search(r"YoloLayer +a kernel on the GPU, after the engine\n", described)
+    assert re.search(r"device +NVIDIA Test \(9\.0\)\n", described)
+
+
+def test_the_timing_cache_is_in_the_users_cache_folder_or_off(run, tiny_weights, monkeypatch, tmp_path):
+    monkeypatch.setenv("YOLOTRT_CACHE_DIR", str(tmp_path / "cache"))
+    install_gpu(monkeypatch)
+    install_tensorrt(monkeypatch, "8.6.0")
+    save_weights(tiny_weights, "tiny.wts")
+    run("-s", "--weights", "tiny.wts", "--backend", "tensorrt", "--no-timing-cache").assert_succeeds()
+    assert not (tmp_path / "cache").exists()
+    run("-s", "--weights", "tiny.wts", "--backend", "tensorrt").assert_succeeds()
+    assert len(files(tmp_path / "cache" / "timing")) == 1
+
+
 def test_a_checkpoint_is_built_and_what_was_inferred_is_said(run, golden):
     result = run("-s", "--weights", golden / "weights" / "pv_nc5_v70.pt").assert_succeeds()
     assert "yolotrt.engine (replaced): 5 classes, 640x640" in result.out
@@ -161,13 +230,14 @@ def test_a_checkpoint_is_built_and_what_was_inferred_is_said(run, golden):
     assert "bare.wts: inferred " in run("-s", "--weights", "bare.wts").assert_succeeds().out
 
 
-def test_an_rtx_engine_is_built_but_not_run(run, tiny_weights):
+def test_an_rtx_engine_is_built_but_not_run_without_a_gpu(run, tiny_weights, monkeypatch):
+    install_no_gpu(monkeypatch)
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     save_weights(tiny_weights, "tiny.wts")
     built = run("-s", "--weights", "tiny.wts", "--backend", "tensorrt-rtx").assert_succeeds()
     assert ", fp16, tensorrt-rtx " in built.out
     before = files()
-    run("-d", "pictures").assert_fails(1, r"engine yolotrt\.engine is a TensorRT-RTX plan, .* cannot run: build with")
+    run("-d", "pictures").assert_fails(1, r"no NVIDIA GPU is usable here \(no driver\): use --backend onnxruntime")
     assert files() == before
     assert "RTX GPUs" in run("--info", "yolotrt.engine").assert_succeeds().out
 
@@ -579,6 +649,14 @@ def bad_files(golden) -> None:
         ("-s --weights good.pt --workspace 0", "workspace of 0 MiB: choose at least 1"),
         ("-s --weights good.pt --precision int3", "argument --precision: invalid choice: 'int3'"),
         ("-s --weights good.pt --backend cuda", "argument --backend: invalid choice: 'cuda'"),
+        ("-s --weights good.pt --precision tf32 --backend onnxruntime", "onnxruntime does not build tf32: choose one"),
+        ("-s --weights good.pt --optimization-level 6", "argument --optimization-level: invalid choice: 6"),
+        ("-s --weights good.pt --yololayer host", "argument --yololayer: invalid choice: 'host'"),
+        ("-s --weights good.pt --yololayer kernel --backend onnxruntime", "onnxruntime has no --yololayer: leave it"),
+        ("-s --weights good.pt --timing-cache a --no-timing-cache", "timing cache a is named and turned off"),
+        ("-s --weights good.pt --timing-cache good.pt", r"--timing-cache and --weights are the same file good\.pt"),
+        ("-s --weights good.pt --timing-cache folder", "cannot write folder: it is a directory"),
+        ("-s --weights good.pt --hardware-compatible --backend tensorrt-rtx", "tensorrt-rtx has no --hardware-comp"),
         ("-s --weights good.pt --engine good.pt", r"--engine and --weights are the same file good\.pt: choose another"),
         ("-s --weights good.pt --engine x --raw-plan ./x", "--raw-plan and --engine are the same file x: choose"),
         ("-s --weights good.pt --engine folder", "cannot write folder: it is a directory: name a file"),
@@ -744,7 +822,8 @@ def test_help_names_every_option_and_version_the_version(run, monkeypatch):
     building = {"--weights", "--precision", "--imgsz", "--batch", "--min-batch", "--opt-batch", "--max-batch"}
     detecting = {"--conf", "--iou", "--max-det", "--classes", "--agnostic-nms", "--out", "--no-save", "--show"}
     assert options >= {"-s", "-d", "--info", "--engine", "--debug", "--version"}
-    assert options >= building | {"--backend", "--workspace", "--raw-plan"}
+    assert options >= building | {"--backend", "--workspace", "--raw-plan", "--optimization-level", "--yololayer"}
+    assert options >= {"--timing-cache", "--no-timing-cache", "--hardware-compatible", "--version-compatible"}
     assert options >= detecting | {"--save-txt", "--save-conf", "--save-json"}
     assert all(len(line) <= 90 for line in text.splitlines())  # the examples are wider than the terminal
     assert re.fullmatch(r"yolotrt \d+\.\d+\.\d+\n", run("--version").assert_succeeds().out)
@@ -786,7 +865,9 @@ def test_verbose_logs_the_build_to_stderr(tiny_weights):
     save_weights(tiny_weights, "tiny.wts")
     result = process("-s", "--weights", "tiny.wts", "-v")
     assert result.status == 0
-    assert result.err.startswith("yolotrt: building with onnxruntime ")
+    choice, build, *_ = result.err.splitlines()
+    assert choice.startswith("yolotrt: choosing the backend onnxruntime: ")
+    assert build.startswith("yolotrt: building with onnxruntime ")
 
 
 def test_debug_shows_the_traceback():

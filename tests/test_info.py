@@ -57,6 +57,24 @@ def test_a_dynamic_batch_and_a_rectangle_are_said(tmp_path, tiny_weights):
     assert found["input"] == ["images float32 (batch, 3, 64, 96)"]
 
 
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({"convolutions": {"fp16": 60}}, "60 of 60 convolutions fp16"),
+        ({"convolutions": {"fp32": 2, "fp16": 57, "unknown": 1}}, "57 of 60 convolutions fp16, 2 fp32, 1 unknown"),
+        ({"convolutions": {}}, None),
+        ({"convolutions": {"fp16": "many"}}, None),
+        ({"convolutions": 3}, None),
+        ({"optimization_level": 0, "workspace_mib": None}, "optimization level 0"),
+        ({}, None),
+    ],
+)
+def test_what_the_build_found_out_is_said(tmp_path, tiny_engine, found, words):
+    header = dataclasses.replace(tiny_engine.header, build_options=found)
+    dataclasses.replace(tiny_engine, header=header).save(tmp_path / "a.engine")
+    assert rows(describe(tmp_path / "a.engine")).get("build") == (None if words is None else [words])
+
+
 @pytest.mark.parametrize("suffix", [".wts", ".safetensors"])
 def test_weights_are_described(tmp_path, tiny_weights, suffix):
     path = tmp_path / f"a{suffix}"

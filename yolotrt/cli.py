@@ -20,6 +20,7 @@ from yolotrt.shell import make_output_robust, print_beside_progress, printable, 
 if TYPE_CHECKING:
     from yolotrt.detections import Detections
     from yolotrt.detector import Detector, Image
+    from yolotrt.engines.file import EngineHeader
     from yolotrt.media.results import ImageSink
 
 PROGRAM = "yolotrt"
@@ -166,7 +167,7 @@ class _SetCommand(argparse.Action):
 
 
 def _add_build_options(add: Callable[..., None]) -> None:
-    from yolotrt.engines.base import PRECISIONS
+    from yolotrt.engines.base import AUTO_YOLOLAYER, MAX_OPTIMIZATION_LEVEL, PRECISIONS, YOLOLAYERS
     from yolotrt.engines.build import AUTO, BACKENDS
 
     add("--weights", metavar="FILE", help=".wts, .safetensors or .pt file (default: the demo model, road signs)")
@@ -184,6 +185,17 @@ def _add_build_options(add: Callable[..., None]) -> None:
     add("--max-batch", type=int, metavar="N", help="largest size of a dynamic batch")
     add("--backend", choices=(AUTO, *BACKENDS), default=AUTO, help="default: the best one that runs here")
     add("--workspace", type=int, metavar="MIB", help="limit of TensorRT's scratch memory")
+    add(
+        "--optimization-level",
+        type=int,
+        choices=range(MAX_OPTIMIZATION_LEVEL + 1),
+        help="how long TensorRT searches for fast kernels (default: TensorRT's, 3)",
+    )
+    add("--yololayer", choices=YOLOLAYERS, default=AUTO_YOLOLAYER, help="inside TensorRT's engine or right after it")
+    add("--timing-cache", type=Path, metavar="FILE", help="TensorRT's measurements (default: in the user's cache)")
+    add("--no-timing-cache", action="store_true", help="neither use nor keep TensorRT's measurements")
+    add("--hardware-compatible", action="store_true", help="for all GPUs from compute capability 8.0 on (TensorRT)")
+    add("--version-compatible", action="store_true", help="for later versions of TensorRT as well")
     add("--raw-plan", type=Path, metavar="FILE", help="write the bare plan (or ONNX model) as well")
 
 
@@ -247,22 +259,38 @@ def serialize(options: argparse.Namespace) -> int:
         f"{printable(str(options.engine))}{replaced}: {len(header.model.names)} classes, "
         f"{header.imgsz[0]}x{header.imgsz[1]}, "
         f"batch {low if low == high else f'{low} to {high}'}, {header.precision}, "
-        f"{header.backend} {header.backend_version}, {header.plan_size / 1e6:.1f} MB, "
+        f"{header.backend} {header.backend_version}, {_gpu_details(header)}{header.plan_size / 1e6:.1f} MB, "
         f"{time.perf_counter() - began:.1f} s"
     )
     return 0
 
 
+def _gpu_details(header: EngineHeader) -> str:
+    """What the build for a GPU found out, for the summary; empty for a CPU."""
+    from yolotrt.engines.base import HOST
+    from yolotrt.info import convolutions_in_words
+
+    if header.yololayer == HOST:
+        return ""
+    found = convolutions_in_words(header)
+    return f"{found}{', ' if found else ''}YoloLayer as {header.yololayer}, "
+
+
 def _check_build_outputs(options: argparse.Namespace) -> None:
     """Fail before the build if an output cannot be written, or would replace another file of the same command."""
+    from yolotrt.engines.file import require_plan_target
+
     used = {Path(options.weights).resolve(): "--weights"}
-    for name, path in (("--engine", options.engine), ("--raw-plan", options.raw_plan)):
+    targets = (("--engine", options.engine), ("--raw-plan", options.raw_plan), ("--timing-cache", options.timing_cache))
+    for name, path in targets:
         if path is None:
             continue
         other = used.setdefault(path.resolve(), name)
         if other != name:
             raise OutputError(f"{name} and {other} are the same file {path}: choose another name")
         _check_writable(path)
+    if options.raw_plan is not None:
+        require_plan_target(options.raw_plan)
 
 
 def _build_options(options: argparse.Namespace) -> Any:
@@ -289,6 +317,12 @@ def _build_options(options: argparse.Namespace) -> Any:
         max_batch=high,
         opt_batch=usual,
         workspace_mib=options.workspace,
+        optimization_level=options.optimization_level,
+        timing_cache=options.timing_cache,
+        use_timing_cache=not options.no_timing_cache,
+        hardware_compatible=options.hardware_compatible,
+        version_compatible=options.version_compatible,
+        yololayer=options.yololayer,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from yolotrt.engines.file import EngineFile, TensorInfo, is_engine_file
+from yolotrt.engines.file import EngineFile, EngineHeader, TensorInfo, is_engine_file
 from yolotrt.errors import InputError
 from yolotrt.files import require_file
 from yolotrt.shell import printable
@@ -12,7 +12,11 @@ from yolotrt.weights import Metadata, Weights, load_weights
 from yolotrt.weights.model import Anchors
 
 NAMES_SHOWN = 12
-YOLO_LAYER_PLACES = {"host": "on the CPU, after the engine"}
+YOLO_LAYER_PLACES = {
+    "host": "on the CPU, after the engine",
+    "kernel": "a kernel on the GPU, after the engine",
+    "plugin": "a plugin, in the engine",
+}
 """Where raw heads become boxes, in words, by the engine header's value."""
 
 
@@ -45,7 +49,32 @@ def _engine_rows(engine: EngineFile) -> list[tuple[str, str]]:
     ]
     if header.backend == "tensorrt-rtx":
         rows[1] = ("device", "RTX GPUs")
+    if build := _build_in_words(header):
+        rows[2:2] = [("build", build)]
     return rows + _model_rows(header.model)
+
+
+def convolutions_in_words(header: EngineHeader) -> str:
+    """How many convolutions have which precision, such as ``58 of 60 convolutions fp16, 2 fp32``; empty if unknown."""
+    counts = header.build_options.get("convolutions")
+    if not isinstance(counts, dict) or not counts or not all(isinstance(count, int) for count in counts.values()):
+        return ""
+    total = sum(counts.values())
+    (first, most), *others = sorted(counts.items(), key=lambda item: -item[1])
+    return ", ".join([f"{most} of {total} convolutions {first}", *(f"{count} {kind}" for kind, count in others)])
+
+
+def _build_in_words(header: EngineHeader) -> str:
+    """What was asked of the build and what it found out, where that is not the usual."""
+    options = header.build_options
+    phrases = [
+        convolutions_in_words(header),
+        f"optimization level {options['optimization_level']}" if options.get("optimization_level") is not None else "",
+        f"workspace {options['workspace_mib']} MiB" if options.get("workspace_mib") is not None else "",
+        "for every GPU from compute capability 8.0 on" if options.get("hardware_compatible") else "",
+        "for later versions of TensorRT" if options.get("version_compatible") else "",
+    ]
+    return ", ".join(phrase for phrase in phrases if phrase)
 
 
 def _weights_rows(weights: Weights) -> list[tuple[str, str]]:

@@ -52,7 +52,7 @@ class Behaviour:
     fast_fp16: bool = True
     tf32: bool = True
     interrupts: bool = False
-    type_of: Callable[[str], str | None] = lambda name: None
+    type_of: Callable[[str], str | None] = lambda _: None
     loads: bool = True
     configs: list[Any] = field(default_factory=list)
     networks: list[Any] = field(default_factory=list)

@@ -342,7 +342,7 @@ class Backend(abc.ABC):
                 f"{self.name} does not build {options.precision}: choose one of {', '.join(self.precisions)}"
             )
         for field_name, option in _GPU_OPTIONS.items():
-            is_asked_for = getattr(options, field_name) not in (None, False, AUTO_YOLOLAYER)
+            is_asked_for = getattr(options, field_name) != getattr(CompleteOptions, field_name)
             if is_asked_for and field_name not in self.gpu_options:
                 raise InputError(f"{self.name} has no {option}: leave it out, or choose another --backend")
 

@@ -27,6 +27,7 @@ from yolotrt.engines.gpu import find_gpu, label
 from yolotrt.engines.onnx import OnnxRuntimeBackend
 from yolotrt.engines.tensorrt import TensorRtBackend, tensorrt_module
 from yolotrt.engines.tensorrt_rtx import TensorRtRtxBackend, runs_on, tensorrt_rtx_module
+from yolotrt.engines.trt_log import NO_GPU_REMEDY
 from yolotrt.errors import BackendUnavailableError, EngineFileError, InputError
 from yolotrt.weights import Weights, load_weights
 from yolotrt.weights.infer import network_tensors
@@ -164,7 +165,7 @@ def _best_backend() -> Backend:
         tensorrt_rtx_module()
         return _chosen(TensorRtRtxBackend(), label(gpu))
     except BackendUnavailableError as problem:
-        return _chosen(OnnxRuntimeBackend(), str(problem))
+        return _chosen(OnnxRuntimeBackend(), str(problem).removesuffix(f": {NO_GPU_REMEDY}"))
 
 
 def _chosen(backend: Backend, reason: str) -> Backend:

@@ -27,6 +27,10 @@ MAX_HEADER_BYTES = 64 * 1024 * 1024
 MAX_TENSOR_SIDE = 1 << 24
 _LENGTH = struct.Struct("<I")
 
+PLAN_MAGICS = (b"ftrt", b"ptrt", b"vtrt")
+"""What TensorRT's plans begin with."""
+_PLAN_START_BYTES = 16
+
 REBUILD = "build it again with python -m yolotrt -s"
 
 
@@ -217,6 +221,32 @@ def require_engine_target(path: Path) -> None:
         raise OutputError(f"cannot write the engine {path}: {problem.strerror}: choose another name") from problem
 
 
+def require_plan_target(path: Path) -> None:
+    """Refuse to replace anything but a bare plan or an ONNX model.
+
+    Raises:
+        OutputError: if `path` is an existing file of another kind.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(_PLAN_START_BYTES)
+    except FileNotFoundError:
+        return
+    except OSError as problem:
+        raise OutputError(f"cannot write the plan {path}: {problem.strerror}: choose another name") from problem
+    if start and not _starts_like_a_plan(start):
+        raise OutputError(f"cannot write the plan {path}: a file of another kind is there: choose another name")
+
+
+def _starts_like_a_plan(start: bytes) -> bool:
+    """Whether the bytes are those of a TensorRT plan, or of an ONNX model: a small version number, then the producer.
+
+    The ONNX fields are protobuf (onnx.proto, ModelProto): 1 ir_version, 2 producer_name.
+    """
+    is_onnx = len(start) >= 3 and start[0] == 0x08 and start[1] < 0x80 and start[2] == 0x12
+    return start[:4] in PLAN_MAGICS or is_onnx
+
+
 def is_engine_file(path: Path) -> bool:
     """Whether the file starts like an engine file (a length and JSON), without reading all of it."""
     with path.open("rb") as file:
@@ -244,7 +274,7 @@ def _what_instead(data: bytes) -> str:
     """What a foreign file seems to be, and what to do with it."""
     if data[:2] == b"PK" or data[:1] == b"\x80":
         return " but seems to be a PyTorch checkpoint: convert it with gen_wts.py, then build with -s --weights"
-    if data[:4] in (b"ftrt", b"ptrt", b"vtrt"):
+    if data[:4] in PLAN_MAGICS:
         return " but a bare TensorRT plan without our header: build from the weights with -s"
     return ": build one from the weights with python -m yolotrt -s --weights FILE"
 

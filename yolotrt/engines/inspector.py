@@ -77,7 +77,7 @@ def _layers(information: str) -> list[Mapping[str, Any]]:
 
 def _of(name: str, layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The engine's layers that compute a layer of the network, the likeliest first."""
-    whole_name = re.compile(rf"(?<![\w.]){re.escape(name)}(?![\w.])")
+    whole_name = re.compile(rf"(?<!\w)(?<!\w\.){re.escape(name)}(?!\.?\w)")
     candidates = [
         layer
         for layer in layers

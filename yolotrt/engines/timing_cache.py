@@ -70,7 +70,7 @@ class TimingCache:
         """TensorRT's data; empty if there are none, or none that fit, which is said in a warning."""
         try:
             content = self.path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return b""
         except OSError as problem:
             _log.warning("the timing cache %s cannot be read (%s): building without it", self.path, problem.strerror)
