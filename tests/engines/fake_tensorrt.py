@@ -40,7 +40,7 @@ class Behaviour:
         loads: Whether plans can be deserialized.
         configs: The configuration of every build.
         networks: Its network.
-        monitors: Events that progress monitors were told.
+        cancelled: How many builds a progress monitor has stopped.
         host_code_allowed: What runtimes were told.
         inspected_shapes: Input shapes of contexts that were given to an inspector.
     """
@@ -56,6 +56,7 @@ class Behaviour:
     loads: bool = True
     configs: list[Any] = field(default_factory=list)
     networks: list[Any] = field(default_factory=list)
+    cancelled: int = 0
     host_code_allowed: list[bool] = field(default_factory=list)
     inspected_shapes: list[tuple[int, ...]] = field(default_factory=list)
 
@@ -111,7 +112,8 @@ class WeakTensor(recorder.Tensor):
 
     @property
     def dtype(self) -> Any:
-        return self.forced if self.is_network_output and self.forced else recorder.Tensor.dtype.fget(self)
+        given = self.forced or recorder.float32  # of an output; as TensorRT has it unless it is told
+        return given if self.is_network_output else recorder.Tensor.dtype.fget(self)
 
     @dtype.setter
     def dtype(self, value: Any) -> None:
@@ -278,6 +280,7 @@ class Builder:
         behaviour.networks.append(network)
         if self._is_cancelled(getattr(config, "progress_monitor", None)):
             self._logger.log(Severity.ERROR, "Build canceled by user")
+            behaviour.cancelled += 1
             return None
         failure = behaviour.failures.pop(0) if behaviour.failures else []
         for message in failure or behaviour.survived:

@@ -450,10 +450,12 @@ def test_a_damaged_cache_is_replaced_after_one_warning(trt, tiny, tmp_path, capl
     assert path.read_bytes() == whole
 
 
-def test_a_chosen_cache_of_another_network_is_replaced_after_one_warning(trt10, tiny, tmp_path, caplog):
+@pytest.mark.parametrize("change", [{"imgsz": (64, 48)}, {"name": "NVIDIA Other"}, {"capability": (8, 9)}], ids=str)
+def test_a_chosen_cache_of_another_build_is_replaced_after_one_warning(trt10, tiny, tmp_path, machine, caplog, change):
     chosen = tmp_path / "cache.timing"
     build(tiny, timing_cache=chosen)
-    build(tiny, timing_cache=chosen, imgsz=(64, 48))
+    machine.name, machine.capability = change.get("name", machine.name), change.get("capability", machine.capability)
+    build(tiny, timing_cache=chosen, imgsz=change.get("imgsz"))
     assert loaded(trt10) == [b"", b""]
     assert records(caplog) == [
         f"the timing cache {chosen} is of another network, GPU or TensorRT: building without it, then replacing it"
@@ -681,6 +683,7 @@ def test_ctrl_c_cancels_the_build(trt10, tiny, tmp_path):
     trt10.behaviour.interrupts = True
     with pytest.raises(KeyboardInterrupt):
         build_engine(tiny, tmp_path / "a.engine", backend="tensorrt")
+    assert trt10.behaviour.cancelled == 1
     assert not list(tmp_path.rglob("*"))
 
 

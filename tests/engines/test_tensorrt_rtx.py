@@ -257,7 +257,13 @@ def test_messages_of_the_library_go_to_logging(rtx, caplog):
         ("DEBUG", f"tensorrt_rtx: {NO_DRIVER_MESSAGE}: no driver"),
     ]
     assert logger.errors == ["a wrong shape", "a bug"]
+    assert logger.warnings == ["an unused input"]
     assert logger.last_error == "a bug"
+    for number in range(200):
+        logger.log(severity.ERROR, f"mistake {number}")
+    assert len(logger.errors) == 100
+    logger.clear()
+    assert (logger.errors, logger.warnings, logger.last_error) == ([], [], "")
 
 
 def test_a_build_without_a_driver_warns_of_nothing(rtx, tiny, caplog):
