@@ -8,7 +8,17 @@ from typing import Any, Protocol
 import cv2
 import numpy as np
 
-from yolotrt.cuda.kernels import BEST_VALUES, Device, LetterboxKernel, NmsKernel, NmsLayout, Variant, YoloLayerKernel
+from yolotrt.cuda.kernels import (
+    BEST_VALUES,
+    Device,
+    LetterboxKernel,
+    NmsKernel,
+    NmsLayout,
+    UploadKernel,
+    Variant,
+    YoloLayerKernel,
+    upload_bytes,
+)
 from yolotrt.postprocess import MAX_CANDIDATES, Boxes, NmsOptions, YoloLayer, greedy_nms
 from yolotrt.preprocess import Letterbox
 
@@ -75,11 +85,51 @@ def letterbox_differences(
     plan_buffer = machine.upload(np.concatenate(plans))
     output = machine.upload(np.full((len(frames), 3, *network), -1, kind))
     kernel.launch(machine.address(plan_buffer), machine.address(output), len(frames))
+    return _differences(machine.download(output), network, frames)
+
+
+def _differences(output: np.ndarray, network: tuple[int, int], frames: Sequence[np.ndarray]) -> int:
+    """Values of a network's input that are not those of the CPU, bit for bit."""
     expected = np.empty((len(frames), 3, *network), np.float32)
     for frame, slot in zip(frames, expected, strict=True):
         Letterbox.fit(frame.shape[:2], network).to_input(np.ascontiguousarray(frame), slot)
-    bits = np.uint16 if half else np.uint32
-    return int((machine.download(output).view(bits) != expected.astype(kind).view(bits)).sum())
+    bits = np.uint16 if output.dtype == np.float16 else np.uint32
+    return int((output.view(bits) != expected.astype(output.dtype).view(bits)).sum())
+
+
+def uploaded_letterbox_differences(
+    machine: Machine, network: tuple[int, int], frames: Sequence[np.ndarray], *, half: bool, gathered: bool
+) -> int:
+    """Values that differ from the CPU's, where upload.cu fetches the frames, plus bytes fetched beside their room.
+
+    Args:
+        machine: The device; its memory stands for the host's too.
+        network: Height and width of the network's input.
+        frames: uint8 BGR pictures.
+        half: Whether the input is float16.
+        gathered: Whether only the needed rows are there, side by side.
+    """
+    kernel, upload = LetterboxKernel(machine.device, network, half=half), UploadKernel(machine.device)
+    sources, rooms, plans = [], [], []
+    for frame in frames:
+        size, rows = frame.shape[:2], kernel.needed_rows(frame.shape[:2])
+        there = frame if rows.numbers is None or not gathered else frame[rows.numbers]
+        # what is behind a frame may be fetched as padding, but must not reach the picture
+        sources.append(machine.upload(np.pad(there.ravel(), (0, upload_bytes(there.size) - there.size), "edge")))
+        room = upload_bytes(rows.count * 3 * frame.shape[1])
+        rooms.append(machine.upload(np.full(room + SENTINEL.size, SENTINEL[0], np.uint8)))
+        addresses = machine.address(rooms[-1]), machine.address(sources[-1])
+        plans.append(kernel.upload_plan(size, *addresses, gathered=gathered))
+    plan_buffer = machine.upload(np.concatenate(plans))
+    output = machine.upload(np.full((len(frames), 3, *network), -1, np.float16 if half else np.float32))
+    upload.launch(machine.address(plan_buffer), kernel.plan_bytes, len(frames))
+    kernel.launch(machine.address(plan_buffer), machine.address(output), len(frames))
+    beside = sum(int((machine.download(room)[-SENTINEL.size :] != SENTINEL).sum()) for room in rooms)
+    return beside + _differences(machine.download(output), network, frames)
+
+
+SENTINEL = np.full(64, 0xA5, np.uint8)
+"""Stands behind the room that a frame is fetched into."""
 
 
 def resize_differences(
