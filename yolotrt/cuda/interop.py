@@ -63,6 +63,8 @@ def device_pixels(frame: Any, stream: int) -> DevicePixels:
 
 def _from_dlpack(frame: Any, stream: int) -> Any:
     """The frame as a CuPy array, ready on `stream`."""
+    if not hasattr(frame, "__dlpack__"):
+        raise ImageError(f"a frame of type {type(frame).__name__} is no array: pass NumPy or device arrays")
     try:
         import cupy
     except ImportError as problem:

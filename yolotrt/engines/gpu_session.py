@@ -96,11 +96,11 @@ class GpuSession(Session):
         with self._on_device():
             lane = self._free_lane()
             began = time.perf_counter()
-            lane.place(frames)
+            owners = lane.place(frames)
             placed = time.perf_counter()
             lane.start(len(frames), options)
             lane.started_at = self.timing.pictures
-            pending = lane.pending = _GpuPending(self, lane, frames)
+            pending = lane.pending = _GpuPending(self, lane, owners)
             self.timing.preprocess_ms += (placed - began) * 1e3
             self.timing.inference_ms += (time.perf_counter() - placed) * 1e3
             self.timing.pictures += len(frames)
@@ -152,15 +152,17 @@ class GpuSession(Session):
         self._require_open()
         with self._on_device():
             lane = self._idle_lane()
-            lane.place(frames)
-            return lane.profile(len(frames), options, repeats)
+            owners = lane.place(frames)
+            times = lane.profile(len(frames), options, repeats)
+        del owners  # the GPU has read the frames
+        return times
 
     def close(self) -> None:
         """See `Session.close`."""
         if self._engine is None:
             return
-        with self._device.current(), contextlib.suppress(*self._device.errors):
-            for lane in self._lanes:
+        for lane in self._lanes:
+            with contextlib.suppress(*self._device.errors), self._device.current():
                 lane.close()
         self._lanes = []
         self._engine = None
@@ -184,14 +186,23 @@ class GpuSession(Session):
     def _detect_on_host(self, frames: Sequence[Frame], options: NmsOptions) -> list[Boxes]:
         """Several labels a box: the GPU computes the raw heads, NumPy does the rest."""
         self._require_heads()
-        model = self.header.model
+        model, timing = self.header.model, self.timing
+        began = time.perf_counter()
         with self._on_device():
             lane = self._idle_lane()
-            lane.place(frames)
+            owners = lane.place(frames)
+            placed = time.perf_counter()
             heads = lane.raw_heads(lane.batch_for(len(frames)), lambda: lane.enqueue_input(len(frames)))
+        del owners  # the GPU has read the frames
+        inferred = time.perf_counter()
         layer = YoloLayer(model.anchors, model.strides, len(model.names))
         rows = layer.candidates([head[: len(frames)] for head in heads], options.confidence)
-        return [non_max_suppression(candidates, options) for candidates in rows]
+        boxes = [non_max_suppression(candidates, options) for candidates in rows]
+        timing.preprocess_ms += (placed - began) * 1e3
+        timing.inference_ms += (inferred - placed) * 1e3
+        timing.postprocess_ms += (time.perf_counter() - inferred) * 1e3
+        timing.pictures += len(frames)
+        return boxes
 
     def _free_lane(self) -> _Lane:
         """A lane without a batch under way, or else the oldest one after its batch is finished."""
@@ -226,34 +237,39 @@ class GpuSession(Session):
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:
         """Use the GPU; its failures become InferenceError."""
-        with self._device.current():
-            try:
+        try:
+            with self._device.current():
                 yield
-            except self._device.errors as problem:
-                raise InferenceError(_explain(problem)) from problem
+        except self._device.errors as problem:
+            raise InferenceError(_explain(problem)) from problem
 
 
 class _GpuPending(Pending):
     """A batch in a lane."""
 
-    def __init__(self, session: GpuSession, lane: _Lane, frames: Sequence[Frame]) -> None:
+    def __init__(self, session: GpuSession, lane: _Lane, owners: list[Any]) -> None:
         self._session = session
         self._lane = lane
-        self._frames: Sequence[Frame] | None = frames  # alive until the GPU has read them
+        self._owners: list[Any] | None = owners  # alive until the GPU has read the frames
         self._boxes: list[Boxes] = []
+        self._failure: InferenceError | None = None
 
     def finish(self, *, spin: bool) -> None:
-        """Wait and keep the boxes; the lane is free afterwards."""
-        if self._frames is None:
+        """Wait and keep the boxes, or the failure for `result`; the lane is free afterwards."""
+        if self._owners is None:
             return
         try:
             self._boxes = self._session.finish(self._lane, spin=spin)
+        except InferenceError as problem:
+            self._failure = problem
         finally:
-            self._frames = self._lane.pending = None
+            self._owners = self._lane.pending = None
 
     def result(self) -> list[Boxes]:
         """See `Pending.result`; the thread sleeps while it waits."""
         self.finish(spin=False)
+        if self._failure is not None:
+            raise self._failure
         return self._boxes
 
 
@@ -293,18 +309,31 @@ class _Lane:
         """The batch size that the engine runs for `count` frames."""
         return max(count, self._low)
 
-    def place(self, frames: Sequence[Frame]) -> None:
-        """Say in the plans where the frames are, copying those that are in ordinary memory."""
-        for slot, frame in zip(self._slots, frames, strict=False):
-            if isinstance(frame, np.ndarray):
-                self._place_host_frame(slot, frame)
-            else:
-                self._place_device_frame(slot, frame)
+    def place(self, frames: Sequence[Frame]) -> list[Any]:
+        """Say in the plans where the frames are, copying those that are in ordinary memory.
+
+        Returns:
+            What must stay alive until the GPU has read the frames.
+        """
+        owners = [
+            self._place_host_frame(slot, frame)
+            if isinstance(frame, np.ndarray)
+            else self._place_device_frame(slot, frame)
+            for slot, frame in zip(self._slots, frames, strict=False)
+        ]
         for slot in self._slots[len(frames) : self._low]:  # what a static batch is filled up with
             slot.clear()
+        return owners
 
     def start(self, count: int, options: NmsOptions) -> None:
-        """Enqueue a batch whose frames are placed."""
+        """Enqueue a batch whose frames are placed; nothing of it is under way if this fails."""
+        try:
+            self._start(count, options)
+        except BaseException:
+            self._device.synchronize(self._stream)  # the frames and plans may be used again at once
+            raise
+
+    def _start(self, count: int, options: NmsOptions) -> None:
         batch = self.batch_for(count)
         if self._nms.set_options(options):
             self._graphs.clear()
@@ -368,9 +397,11 @@ class _Lane:
     def close(self) -> None:
         """Wait for what is under way, and free everything in an order that TensorRT stands."""
         self.pending = None
-        self._device.synchronize(self._stream)
-        self._graphs.clear()
-        self._contexts.clear()
+        try:
+            self._device.synchronize(self._stream)
+        finally:
+            self._graphs.clear()
+            self._contexts.clear()
 
     def _time(self, graph: Graph) -> float:
         """Milliseconds that a graph takes; it is launched twice, so that no launch is waited for."""
@@ -384,10 +415,13 @@ class _Lane:
 
     def _capture(self, batch: int) -> Graph | None:
         """The graph of a batch; None where TensorRT cannot be captured, which costs launch time and nothing else."""
+        if not self._engine.is_capturable:
+            return None
         failures: tuple[type[BaseException], ...] = (*self._device.errors, InferenceError)
         try:
             return self._device.capture(self._stream, lambda: self._enqueue(batch))
         except failures as problem:
+            self._engine.is_capturable = False
             _log.warning("the engine cannot be captured as a CUDA graph and is enqueued each time (%s)", problem)
             return None
 
@@ -429,19 +463,21 @@ class _Lane:
         if not context.execute_async_v3(self._device.handle(self._stream)):
             raise InferenceError(f"TensorRT failed ({self._engine.last_error}): build the engine again")
 
-    def _place_host_frame(self, slot: _Slot, frame: npt.NDArray[np.uint8]) -> None:
+    def _place_host_frame(self, slot: _Slot, frame: npt.NDArray[np.uint8]) -> Any:
         address = frame.__array_interface__["data"][0]
         owner = self._lent.get(address)
         if owner is not None and frame.flags.c_contiguous and owner.nbytes >= upload_bytes(frame.nbytes):
             slot.fetch(_size(frame), address)
         else:
             slot.copy(frame)
+        return owner
 
-    def _place_device_frame(self, slot: _Slot, frame: Frame) -> None:
+    def _place_device_frame(self, slot: _Slot, frame: Frame) -> Any:
         pixels = device_pixels(frame, self._device.handle(self._stream))
         if pixels.stream is not None:
             self._device.wait_for_stream(self._stream, pixels.stream)
         slot.point(pixels)
+        return pixels.owner
 
     def _size(self, info: TensorInfo) -> int:
         """Bytes of a network input or output at the largest batch."""
@@ -551,7 +587,7 @@ class _Nms:
         self._row_count = row_count
         self._largest_batch = largest_batch
         self._class_count = class_count
-        self._options = NmsOptions(max_detections=0)  # which no caller may have
+        self._options = NmsOptions(max_detections=-1)  # which no caller may have
         self._kernels: dict[int, NmsKernel] = {}
         self._workspace = device.allocate(NmsLayout(largest_batch, row_count, 1).workspace_bytes)
 
@@ -559,17 +595,13 @@ class _Nms:
         """Use other options; returns whether they are others, so that graphs are out of date."""
         if options == self._options:
             return False
-        mask = NmsKernel.class_mask(options, self._class_count)
-        self._mask = Memory(0, 0, None)
-        if mask is not None:
-            self._mask = self._device.allocate(mask.size)
-            stream = self._device.stream()
-            self._device.upload(self._mask.address, mask, stream)
-            self._device.synchronize(stream)
-        size = NmsLayout(self._largest_batch, self._row_count, options.max_detections).output_bytes
-        self._output, self._host_output = self._device.allocate(size), self._device.page_locked(size)
-        self._kernels = {}
-        self._options = options
+        layout = NmsLayout(self._largest_batch, self._row_count, options.max_detections)
+        kernel = NmsKernel(self._device, layout, options)  # refuses wrong options before anything is enqueued
+        mask = self._class_mask(options)
+        output, host_output = self._device.allocate(layout.output_bytes), self._device.page_locked(layout.output_bytes)
+        # all or nothing: graphs that hold the old addresses stay valid if memory runs out above
+        self._kernels = {layout.batch: kernel}
+        self._mask, self._output, self._host_output, self._options = mask, output, host_output, options
         return True
 
     def enqueue(self, rows: int, batch: int, stream: Any) -> None:
@@ -581,6 +613,16 @@ class _Nms:
 
     def boxes(self, batch: int) -> list[Boxes]:
         return self._kernel(batch).layout.detections(self._host_output)
+
+    def _class_mask(self, options: NmsOptions) -> Memory:
+        """The classes to keep, on the device; address 0 keeps all."""
+        mask = NmsKernel.class_mask(options, self._class_count)
+        if mask is None:
+            return Memory(0, 0, None)
+        memory, stream = self._device.allocate(mask.size), self._device.stream()
+        self._device.upload(memory.address, mask, stream)
+        self._device.synchronize(stream)
+        return memory
 
     def _kernel(self, batch: int) -> NmsKernel:
         kernel = self._kernels.get(batch)

@@ -29,6 +29,7 @@ class TrtEngine:
         device: The GPU.
         header: The engine's description.
         scratch_bytes: Device memory that one execution context needs while it runs.
+        is_capturable: Whether it can be captured as a CUDA graph, as far as is known.
     """
 
     def __init__(self, trt: Any, engine: EngineFile, device: GpuDevice) -> None:
@@ -40,6 +41,7 @@ class TrtEngine:
         self.trt = trt
         self.device = device
         self.header = engine.header
+        self.is_capturable = True
         require_fitting_machine(engine, trt, device)
         self._logger = make_logger(trt)
         with device.current():
@@ -127,7 +129,7 @@ def shared_engine(trt: Any, engine: EngineFile, device: GpuDevice) -> TrtEngine:
     key = trt.__name__, device.library, device.index, engine.header.plan_sha256
     with _sharing:
         found = _shared.get(key)
-        if found is None:
+        if found is None or found.header != engine.header:  # such as other class names for the same plan
             found = _shared[key] = TrtEngine(trt, engine, device)
         return found
 
