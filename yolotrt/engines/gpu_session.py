@@ -396,10 +396,10 @@ class _Lane:
 
     def close(self) -> None:
         """Wait for what is under way, and free everything in an order that TensorRT stands."""
-        self.pending = None
         try:
             self._device.synchronize(self._stream)
         finally:
+            self.pending = None  # its frames were read until now
             self._graphs.clear()
             self._contexts.clear()
 
