@@ -8,8 +8,10 @@ so does a call outside `device.current()` or one that a capture does not allow.
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import enum
+import functools
 import itertools
 import json
 import struct
@@ -36,6 +38,7 @@ from yolotrt.weights.model import Anchors
 FREED = 0xDB
 """What freed memory is filled with."""
 
+_indices = itertools.count()
 _kernels_run = threading.RLock()  # the host build of the kernels has one set of coroutines
 
 
@@ -87,15 +90,24 @@ class HostStream:
 
 
 class HostEvent:
-    """A point in a stream."""
+    """A point in a stream: where it was recorded last."""
 
     def __init__(self) -> None:
         self.stream: HostStream | None = None
-        self.has_happened = True
         self.time = 0.0
+        self._records = self._happened = 0
 
-    def happen(self) -> None:
-        self.has_happened, self.time = True, time.perf_counter()
+    @property
+    def has_happened(self) -> bool:
+        return self._happened == self._records
+
+    def record(self, stream: HostStream) -> None:
+        self.stream = stream
+        self._records += 1
+        stream.enqueue(functools.partial(self._happen, self._records))
+
+    def _happen(self, record: int) -> None:
+        self._happened, self.time = record, time.perf_counter()
 
 
 class HostGraph(Graph):
@@ -123,13 +135,13 @@ class HostGpuDevice(GpuDevice):
     """
 
     library = "host"
-    index = 0
     name = "Host GPU"
     capability = (9, 0)
     errors = (HostGpuError,)
 
     def __init__(self, kernels: HostDevice) -> None:
         super().__init__()
+        self.index = next(_indices)  # sessions of one test must not find the engine of another
         self.failing: dict[str, BaseException] = {}
         self.calls: Counter[str] = Counter()
         self.foreign_streams: list[int] = []
@@ -145,8 +157,7 @@ class HostGpuDevice(GpuDevice):
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
-        if "current" in self.failing:
-            raise self.failing["current"]
+        self._fail("current")
         self._thread.depth = getattr(self._thread, "depth", 0) + 1
         try:
             yield
@@ -188,8 +199,7 @@ class HostGpuDevice(GpuDevice):
 
     def record(self, event: HostEvent, stream: HostStream) -> None:
         self._check("record")
-        event.stream, event.has_happened = stream, False
-        stream.enqueue(event.happen)
+        event.record(stream)
 
     def wait(self, event: HostEvent) -> None:
         self._check("wait", in_capture=False)
@@ -268,8 +278,12 @@ class HostGpuDevice(GpuDevice):
             if name == "upload":
                 self._check_upload(*map(int, arguments))
             self.calls[name] += 1
+            if name == "upload":  # which any grid and block may do, and few threads faster here
+                launch_grid, launch_block = (2, 1, 1), (8, 1, 1)
+            else:
+                launch_grid, launch_block = grid, block
             with _kernels_run:
-                self._kernels.launch(function, grid, block, arguments)
+                self._kernels.launch(function, launch_grid, launch_block, arguments)
 
         stream.enqueue(work)
 
@@ -282,10 +296,13 @@ class HostGpuDevice(GpuDevice):
 
     def _check(self, method: str, *, in_capture: bool = True) -> None:
         assert getattr(self._thread, "depth", 0) > 0, f"{method} outside of device.current()"
-        if method in self.failing:
-            raise self.failing[method]
+        self._fail(method)
         if not in_capture and getattr(self._thread, "is_capturing", False):
             raise HostGpuError(f"{method}: operation not permitted when stream is capturing")
+
+    def _fail(self, method: str) -> None:
+        if method in self.failing:
+            raise copy.copy(self.failing[method])
 
     def _copy(self, target: int, source: int, size: int, memory: dict[int, int], address: int) -> None:
         self._require(memory, address, size)  # still alive
@@ -342,7 +359,7 @@ class FakeTensorRt(types.ModuleType):
         super().__init__("tensorrt")
         self.__version__ = version
         self.device = device
-        self.is_modern = int(version.split(".")[0]) >= 10
+        self.is_modern = int(version.partition(".")[0]) >= 10
         self.deserialized = 0
         self.refused = self.failed = ""
         self.executed_batches: list[int] = []

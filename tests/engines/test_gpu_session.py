@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import gc
-import logging
 import shutil
 import threading
-import types
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from tests.engines.host_gpu import FREED, FakeTensorRt, HostGpuDevice, HostGpuError, gpu_engine
+from tests.engines.host_gpu import FREED, FakeTensorRt, HostGpuDevice, HostGpuError, bytes_at, gpu_engine
 from tests.kernels.host_device import COMPILER, HostDevice
 from yolotrt import BuildOptions, build_engine
+from yolotrt.cuda.kernels import NmsLayout
+from yolotrt.engines import gpu_session
 from yolotrt.engines.base import Session
 from yolotrt.engines.build import open_session
 from yolotrt.engines.file import EngineFile
@@ -38,6 +39,12 @@ def kernels() -> Iterator[HostDevice]:
     device = HostDevice()
     yield device
     device.close()
+
+
+@pytest.fixture(autouse=True)
+def few_threads(monkeypatch) -> None:
+    """The selecting block of nms.cu gets fewer threads, which the CPU runs one after the other."""
+    monkeypatch.setattr(gpu_session, "NmsLayout", functools.partial(NmsLayout, threads=128))
 
 
 @pytest.fixture
@@ -190,3 +197,511 @@ class OnDevice:
             "version": version,
             "stream": stream,
         }
+
+
+def test_kernels_compute_the_boxes_of_the_golden_pictures(golden, yolov5n_engine, trt, device):
+    pictures = [read_image(golden / "images" / f"{name}.jpg") for name in ("bus", "zidane")]
+    wanted = expected(yolov5n_engine, pictures, NmsOptions())
+    assert list(map(len, wanted)) == [4, 3]
+    with GpuSession.open(trt, gpu_engine(yolov5n_engine), device) as session:
+        assert_same([session.detect([pixels], NmsOptions())[0] for pixels in pictures], wanted)
+
+
+# --- batches and frames ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plugin", [False, True], ids=["kernel", "plugin"])
+def test_any_number_of_frames_of_any_sizes(tiny_engine, tiny_dynamic_engine, trt, device, plugin):
+    rng = np.random.default_rng(0)
+    wanted = expected(tiny_engine, [frame(seed) for seed in range(len(SIZES))])
+    with GpuSession.open(trt, gpu_engine(tiny_dynamic_engine, plugin=plugin), device) as session:
+        for _ in range(25):
+            chosen = [int(seed) for seed in rng.integers(len(SIZES), size=rng.integers(1, 5))]
+            frames = [frame(seed) if rng.random() < 0.5 else borrowed(session, frame(seed)) for seed in chosen]
+            assert_same(session.detect(frames, OPTIONS), [wanted[seed] for seed in chosen])
+            assert trt.executed_batches[-1] == len(chosen)
+
+
+def test_a_static_batch_is_filled_up_without_stale_pictures(tiny_engine, static_engine, trt, device):
+    wanted = expected(tiny_engine, [frame(seed) for seed in range(8)])
+    with GpuSession.open(trt, gpu_engine(static_engine), device) as session:
+        for chosen in ((0, 1, 2, 3), (4,), (5, 6), (7, 0, 1, 2), (3, 4, 5)):
+            boxes = session.detect([frame(seed) for seed in chosen], OPTIONS)
+            assert_same(boxes, [wanted[seed] for seed in chosen])
+            images = input_of(session, device)
+            for slot in range(len(chosen), 4):
+                np.testing.assert_array_equal(images[slot], np.float32(114 / 255))
+    assert set(trt.executed_batches) == {4}
+
+
+def input_of(session: GpuSession, device: HostGpuDevice) -> np.ndarray:
+    """What the network of the first lane has read."""
+    info = session.header.inputs[0]
+    memory = session._lanes[0]._tensors[info.name]
+    return bytes_at(memory.address, memory.size).view(info.dtype).reshape(-1, *info.shape[1:])
+
+
+def test_no_pixels_of_an_earlier_frame_are_left(tiny_engine, trt, device):
+    sizes = [(192, 192), (64, 64), (130, 200), (1, 1), (192, 192), (30, 41), (300, 210), (64, 64)]
+    frames = [frame(seed, size) for seed, size in enumerate(sizes)]
+    wanted = expected(tiny_engine, frames)
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        for pixels, boxes in zip(frames, wanted, strict=True):
+            for given in (pixels, borrowed(session, pixels), OnDevice(device, pixels)):
+                assert_same(session.detect([given], OPTIONS), [boxes])
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [(0, "the engine takes 1 to 4 pictures a batch, not 0"), (5, "the engine takes 1 to 4 pictures a batch, not 5")],
+)
+def test_a_wrong_number_of_frames_is_refused(tiny_dynamic_engine, trt, device, count, message):
+    engine = gpu_engine(tiny_dynamic_engine)
+    with GpuSession.open(trt, engine, device) as session, pytest.raises(InputError, match=message):
+        session.submit([frame(0)] * count, OPTIONS)
+
+
+def test_a_frame_that_is_refused_leaves_the_session_as_it_was(tiny_dynamic_engine, trt, device):
+    wanted = expected(tiny_dynamic_engine, [frame(0), frame(1)])
+    with GpuSession.open(trt, gpu_engine(tiny_dynamic_engine), device) as session:
+        for _ in range(3):
+            with pytest.raises(ImageError, match="a frame of type str is no array: pass NumPy or device arrays"):
+                session.detect([frame(5), "frame"], OPTIONS)
+            assert_same(session.detect([frame(0), frame(1)], OPTIONS), wanted)
+
+
+@pytest.mark.parametrize(("version", "stream", "waited"), [(2, None, [1]), (3, None, []), (3, 77, [77]), (3, 2, [2])])
+def test_the_stream_that_makes_a_frame_is_waited_for(tiny_engine, trt, device, version, stream, waited):
+    given = OnDevice(device, frame(0), version=version, stream=stream)
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        session.detect([given], OPTIONS)
+    assert device.foreign_streams == waited
+
+
+def test_frames_on_the_host_cost_the_bus_only_the_needed_rows(tiny_engine, trt, device):
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        session.detect([borrowed(session, frame(0, (192, 192)))], OPTIONS)
+        (slot,) = session._lanes[0]._slots
+        assert slot._pixels.size == 64 * 192 * 3
+        assert slot._staging.size == 0
+        session.detect([frame(0, (192, 192))], OPTIONS)
+        assert slot._staging.size == 64 * 192 * 3
+
+
+# --- several batches under way ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["in order", "reversed", "the last alone", "shuffled"])
+def test_results_may_be_fetched_in_any_order(tiny_engine, tiny_dynamic_engine, trt, device, order):
+    batches = [[0, 1], [2], [3, 4, 5, 6], [7, 0], [1], [2, 3, 4]]
+    wanted = expected(tiny_engine, [frame(seed) for seed in range(8)])
+    with GpuSession.open(trt, gpu_engine(tiny_dynamic_engine), device) as session:
+        for _ in range(2):  # enqueued, and as graphs
+            pending = [session.submit([borrowed(session, frame(seed)) for seed in batch], OPTIONS) for batch in batches]
+            indices = list(range(len(batches)))
+            indices = {
+                "in order": indices,
+                "reversed": indices[::-1],
+                "the last alone": indices[-1:],
+                "shuffled": [3, 5, 0, 4, 1, 2],
+            }[order]
+            for index in indices:
+                assert_same(pending[index].result(), [wanted[seed] for seed in batches[index]])
+            for index in indices:  # a second call gives the same
+                assert_same(pending[index].result(), [wanted[seed] for seed in batches[index]])
+        assert len(session._lanes) == 2
+
+
+def test_ordinary_frames_may_change_once_they_are_submitted(tiny_engine, trt, device):
+    pixels, batch = frame(0), [frame(0)]
+    (wanted,) = expected(tiny_engine, [pixels])
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        pending = session.submit(batch, OPTIONS)
+        batch[0][:] = 0
+        batch.clear()
+        assert_same(pending.result(), [wanted])
+
+
+@pytest.mark.parametrize("kind", ["borrowed", "on the device"])
+def test_frames_live_until_the_gpu_has_read_them(tiny_engine, trt, device, kind):
+    (wanted,) = expected(tiny_engine, [frame(0)])
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        for _ in range(3):
+            batch = [borrowed(session, frame(0)) if kind == "borrowed" else OnDevice(device, frame(0))]
+            pending = session.submit(batch, OPTIONS)
+            batch.clear()  # the caller's list is theirs
+            gc.collect()
+            assert_same(pending.result(), [wanted])
+
+
+def test_results_nobody_fetches_do_no_harm(tiny_engine, trt, device):
+    wanted = expected(tiny_engine, [frame(seed) for seed in range(6)])
+    session = GpuSession.open(trt, gpu_engine(tiny_engine), device)
+    for seed in range(5):
+        session.submit([frame(seed)], OPTIONS)
+    assert_same(session.detect([frame(5)], OPTIONS), wanted[5:])
+    session.submit([frame(0)], OPTIONS)
+    session.close()
+    assert not trt.violations
+
+
+def test_results_can_be_fetched_after_the_session_is_closed(tiny_engine, trt, device):
+    wanted = expected(tiny_engine, [frame(0), frame(1)])
+    session = GpuSession.open(trt, gpu_engine(tiny_engine), device)
+    pending = [session.submit([frame(seed)], OPTIONS) for seed in range(2)]
+    session.close()
+    assert_same([one.result()[0] for one in pending], wanted)
+
+
+def test_two_threads_with_a_session_each(tiny_engine, trt, device):
+    engine = gpu_engine(tiny_engine)
+    wanted = expected(tiny_engine, [frame(seed) for seed in range(6)])
+    problems: list[BaseException] = []
+
+    def work(order: Sequence[int]) -> None:
+        try:
+            with GpuSession.open(trt, engine, device) as session:
+                for seed in order:
+                    assert_same(session.detect([frame(seed)], OPTIONS), [wanted[seed]])
+        except BaseException as problem:  # noqa: BLE001  # a thread's failure must reach the test
+            problems.append(problem)
+
+    with GpuSession.open(trt, engine, device):
+        threads = [threading.Thread(target=work, args=(order,)) for order in ((0, 1, 2, 3, 4, 5), (5, 3, 1, 0, 2, 4))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not problems
+    assert trt.deserialized == 1
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plugin", [False, True], ids=["kernel", "plugin"])
+def test_options_may_change_from_call_to_call(tiny_dynamic_engine, trt, device, plugin):
+    frames = [frame(0), frame(3), frame(4)]
+    with GpuSession.open(trt, gpu_engine(tiny_dynamic_engine, plugin=plugin), device) as session:
+        for options in (
+            OPTIONS,
+            NmsOptions(confidence=0.6),
+            NmsOptions(confidence=0.3, classes=(1,)),
+            NmsOptions(confidence=0.3, max_detections=2),
+            NmsOptions(confidence=0.3, iou=0.1),
+            NmsOptions(confidence=0.3, agnostic=True),
+            NmsOptions(confidence=0.3, classes=(0, 2), max_detections=5),
+            NmsOptions(confidence=0.01, max_detections=1000),
+            NmsOptions(confidence=0.3, classes=()),
+            NmsOptions(max_detections=0),
+            OPTIONS,
+        ):
+            wanted = expected(tiny_dynamic_engine, frames, options)
+            for _ in range(2):
+                assert_same(session.detect(frames, options), wanted)
+            # each in flight with its own options
+            pending = [session.submit([pixels], chosen) for pixels in frames for chosen in (options, OPTIONS)]
+            for one, boxes in zip(pending[::2], wanted, strict=True):
+                assert_same(one.result(), [boxes])
+
+
+def test_no_box_at_all_may_be_asked_for_first(tiny_engine, trt, device):
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        assert len(session.detect([frame(0)], NmsOptions(max_detections=0))[0]) == 0
+
+
+def test_several_labels_a_box(tiny_dynamic_engine, trt, device):
+    options = NmsOptions(confidence=0.2, multi_label=True)
+    frames = [frame(0), frame(1)]
+    wanted = expected(tiny_dynamic_engine, frames, options)
+    with GpuSession.open(trt, gpu_engine(tiny_dynamic_engine), device) as session:
+        alone = session.submit([frame(2)], OPTIONS)  # under way meanwhile
+        assert_same(session.detect(frames, options), wanted)
+        assert_same(session.submit([borrowed(session, frames[1])], options).result(), wanted[1:])
+        assert_same(alone.result(), expected(tiny_dynamic_engine, [frame(2)]))
+        assert session.timing.pictures == 4
+
+
+def test_options_out_of_range_are_refused_before_anything_is_under_way(tiny_engine, trt, device):
+    (wanted,) = expected(tiny_engine, [frame(0)])
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        for _ in range(2):
+            with pytest.raises(InputError, match=r"confidence 1.5 and iou 0.45 must be in 0..1: give them"):
+                session.detect([borrowed(session, frame(1))], NmsOptions(confidence=1.5))
+            assert not any(stream.queue for stream in device.streams.values())
+            assert_same(session.detect([frame(0)], OPTIONS), [wanted])
+
+
+# --- raw heads -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("types_", [{}, {"half_input": True, "half_heads": True}], ids=["fp32", "fp16"])
+def test_raw_heads_are_those_of_the_cpu(tiny_dynamic_engine, trt, device, types_):
+    images = np.random.default_rng(0).random((4, 3, 64, 64), np.float32)
+    reference = RoundingSession(tiny_dynamic_engine, **types_)
+    with reference, GpuSession.open(trt, gpu_engine(tiny_dynamic_engine, **types_), device) as session:
+        pending = session.submit([frame(0)], OPTIONS)
+        for batch in (1, 4, 2):
+            heads = session.run(images[:batch])
+            for head, wanted in zip(heads, reference.run(images[:batch]), strict=True):
+                assert head.dtype == np.float32
+                np.testing.assert_allclose(head, wanted, atol=1e-2 if types_ else 1e-5)
+        assert len(pending.result()) == 1
+        with pytest.raises(InputError, match="the engine takes 1 to 4 pictures a batch, not 0"):
+            session.run(images[:0])
+
+
+def test_a_plugin_leaves_no_raw_heads(tiny_engine, trt, device):
+    message = "this engine holds YoloLayer and gives no raw heads: build it with --yololayer kernel"
+    with GpuSession.open(trt, gpu_engine(tiny_engine, plugin=True), device) as session:
+        with pytest.raises(InputError, match=message):
+            session.run(np.zeros((1, 3, 64, 64), np.float32))
+        with pytest.raises(InputError, match=message):
+            session.detect([frame(0)], NmsOptions(multi_label=True))
+
+
+# --- graphs, memory and time -----------------------------------------------------------------------------------------
+
+
+def test_each_batch_size_is_captured_once_a_lane(tiny_dynamic_engine, trt, device):
+    with GpuSession.open(trt, gpu_engine(tiny_dynamic_engine), device) as session:
+        for seed in range(6):
+            session.detect([frame(seed)], OPTIONS)
+        assert (device.calls["capture"], device.calls["graph"]) == (1, 5)
+        for seed in range(6):
+            session.detect([frame(seed), frame(seed + 1)], OPTIONS)
+        assert (device.calls["capture"], device.calls["graph"]) == (2, 10)
+        for seed in range(3):
+            for pending in [session.submit([frame(seed)], OPTIONS) for _ in range(2)]:
+                pending.result()
+        assert (device.calls["capture"], device.calls["graph"]) == (3, 15)
+        session.detect([frame(0)], NmsOptions(confidence=0.5))
+        assert (device.calls["capture"], device.calls["graph"]) == (4, 15)
+
+
+@pytest.mark.parametrize("error", [HostGpuError("operation not permitted"), InferenceError("refused")])
+def test_where_capture_is_refused_everything_is_enqueued_after_one_warning(
+    tiny_dynamic_engine, trt, device, caplog, error
+):
+    device.failing["capture"] = error
+    frames = [frame(0), frame(1)]
+    wanted = expected(tiny_dynamic_engine, frames)
+    with GpuSession.open(trt, gpu_engine(tiny_dynamic_engine), device) as session:
+        for options in (OPTIONS, NmsOptions(confidence=0.5), OPTIONS):
+            pending = [session.submit([pixels], options) for pixels in frames]
+            for one in pending:
+                one.result()
+        assert_same(session.detect(frames, OPTIONS), wanted)
+    (line,) = caplog.messages
+    assert line.startswith("the engine cannot be captured as a CUDA graph and is enqueued each time (")
+    assert device.calls["graph"] == 0
+
+
+def test_memory_stays_the_same_over_many_frames(tiny_dynamic_engine, trt, device):
+    def step(session: Session) -> None:
+        for seed in range(len(SIZES)):
+            batch = [frame(seed), borrowed(session, frame(seed + 1)), OnDevice(device, frame(seed + 2))]
+            session.submit(batch[: 1 + seed % 3], OPTIONS)
+        session.detect([frame(0)] * 4, OPTIONS)
+        gc.collect()
+
+    with GpuSession.open(trt, gpu_engine(tiny_dynamic_engine), device) as session:
+        for _ in range(3):
+            step(session)
+        before = dict(device.device_memory), len(device.page_locked_memory)
+        for _ in range(3):
+            step(session)
+        assert (sum(device.device_memory.values()), len(device.page_locked_memory)) == (
+            sum(before[0].values()),
+            before[1],
+        )
+
+
+def test_borrowed_memory_is_given_back_and_used_again(tiny_engine, trt, device):
+    wanted = expected(tiny_engine, [frame(0), frame(7)])
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        first = session.frame_buffer(64, 64)
+        assert first.shape == (64, 64, 3)
+        assert first.dtype == np.uint8
+        assert first.flags.c_contiguous
+        assert first.flags.writeable
+        before = len(device.page_locked_memory)
+        kept = first[8:]
+        del first
+        gc.collect()
+        assert len(device.page_locked_memory) == before  # a view keeps it
+        del kept
+        gc.collect()
+        assert len(device.page_locked_memory) == before - 1
+        assert not session._lent
+        for size in ((192, 192), (64, 64)):
+            pixels = [frame(0), frame(7)] if size == (64, 64) else []
+            for picture, boxes in zip(pixels, wanted, strict=False):
+                assert_same(session.detect([borrowed(session, picture)], OPTIONS), [boxes])
+        assert len(session._lent) <= 1
+
+
+def test_an_ordinary_array_where_a_borrowed_one_was_is_copied(tiny_engine, trt, device):
+    (wanted,) = expected(tiny_engine, [frame(0)])
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        buffer = session.frame_buffer(64, 64)
+        pixels = frame(0)
+        session._lent[pixels.ctypes.data] = np.frombuffer(buffer, np.uint8)[:1]  # smaller than the frame
+        assert_same(session.detect([pixels], OPTIONS), [wanted])
+
+
+def test_memory_of_another_session_is_an_ordinary_array(tiny_engine, trt, device):
+    engine = gpu_engine(tiny_engine)
+    (wanted,) = expected(tiny_engine, [frame(0)])
+    with GpuSession.open(trt, engine, device) as one, GpuSession.open(trt, engine, device) as other:
+        assert_same(one.detect([borrowed(other, frame(0))], OPTIONS), [wanted])
+
+
+@pytest.mark.parametrize("plugin", [False, True], ids=["kernel", "plugin"])
+def test_stages_are_timed_in_order(tiny_engine, trt, device, plugin):
+    with GpuSession.open(trt, gpu_engine(tiny_engine, plugin=plugin), device) as session:
+        times = session.profile([frame(0)], OPTIONS, repeats=3)
+        stages = ["upload", "letterbox", "engine", "yololayer", "nms", "download", "whole"]
+        assert list(times) == [stage for stage in stages if not (plugin and stage == "yololayer")]
+        assert all(len(values) == 3 and min(values) > 0 for values in times.values())
+        assert_same(session.detect([frame(1)], OPTIONS), expected(tiny_engine, [frame(1)]))
+
+
+# --- failures and the end --------------------------------------------------------------------------------------------
+
+
+FAILURES = [
+    ("CUDA_ERROR_LAUNCH_FAILED", "the GPU failed (CUDA_ERROR_LAUNCH_FAILED): start the program again; report it"),
+    ("an illegal memory access\nwas encountered", "the GPU failed (an illegal memory access): start"),
+    ("Out of memory allocating 5 bytes", "the GPU's memory does not suffice (Out of memory allocating 5 bytes): use a"),
+    ("", "the GPU failed (HostGpuError): start"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), FAILURES)
+@pytest.mark.parametrize("method", ["current", "upload", "launch", "record", "wait"])
+def test_a_failing_gpu_is_one_line_and_the_session_can_be_closed(tiny_engine, trt, device, method, text, message):
+    session = GpuSession.open(trt, gpu_engine(tiny_engine), device)
+    device.failing[method] = HostGpuError(text)
+    with pytest.raises(InferenceError) as caught:
+        session.detect([frame(0)], OPTIONS)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+    device.failing["synchronize"] = HostGpuError(text)
+    session.close()
+    session.close()
+    gc.collect()
+    assert not trt.violations
+
+
+def test_a_failure_belongs_to_its_batch(tiny_engine, trt, device):
+    (wanted,) = expected(tiny_engine, [frame(5)])
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        lost = [session.submit([frame(seed)], OPTIONS) for seed in range(2)]
+        device.failing["wait"] = HostGpuError("lost")
+        kept = session.submit([frame(5)], OPTIONS)  # waits for the first, whose failure it is not
+        del device.failing["wait"]
+        assert_same(kept.result(), [wanted])
+        for _ in range(2):
+            with pytest.raises(InferenceError, match="the GPU failed"):
+                lost[0].result()
+
+
+@pytest.mark.parametrize("room", [10_000, 30_000, 200_000])
+def test_too_little_memory_is_one_line(tiny_dynamic_engine, trt, device, room):
+    engine = gpu_engine(tiny_dynamic_engine)
+    device.memory_limit = room
+    message = "the GPU's memory does not suffice (Out of memory allocating "
+    with pytest.raises(InferenceError) as caught, GpuSession.open(trt, engine, device) as session:
+        session.detect([frame(0)] * 4, OPTIONS)
+    assert str(caught.value).startswith(message)
+    del caught
+    gc.collect()
+    assert not device.device_memory
+    assert not trt.violations
+
+
+def test_options_that_need_too_much_memory_leave_the_others_usable(tiny_engine, trt, device):
+    few = NmsOptions(confidence=0.3, classes=(1,))
+    (wanted,) = expected(tiny_engine, [frame(0)], few)
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        for _ in range(2):
+            session.detect([frame(0)], few)
+        device.memory_limit = sum(device.device_memory.values()) + 1000
+        for _ in range(2):
+            with pytest.raises(InferenceError, match="the GPU's memory does not suffice"):
+                session.detect([frame(0)], NmsOptions(max_detections=1000))
+            assert_same(session.detect([frame(0)], few), [wanted])
+
+
+def test_an_engine_that_tensorrt_fails_to_run_is_one_line(tiny_dynamic_engine, trt, device):
+    (wanted,) = expected(tiny_dynamic_engine, [frame(0)])
+    with GpuSession.open(trt, gpu_engine(tiny_dynamic_engine), device) as session:
+        trt.failed = "IExecutionContext::enqueueV3: out of luck"
+        for count in (4, 1, 3):
+            with pytest.raises(InferenceError, match=r"TensorRT failed .*out of luck.*: build the engine again"):
+                session.detect([borrowed(session, frame(seed)) for seed in range(count)], OPTIONS)
+        gc.collect()
+        trt.failed = ""
+        assert_same(session.detect([frame(0)], OPTIONS), [wanted])
+
+
+def test_a_closed_session_says_so(tiny_engine, trt, device):
+    session = GpuSession.open(trt, gpu_engine(tiny_engine), device)
+    session.close()
+    session.close()
+    for call in (
+        lambda: session.detect([frame(0)], OPTIONS),
+        lambda: session.submit([frame(0)], OPTIONS),
+        lambda: session.run(np.zeros((1, 3, 64, 64), np.float32)),
+        lambda: session.frame_buffer(4, 4),
+        lambda: session.profile([frame(0)], OPTIONS),
+    ):
+        with pytest.raises(InputError, match="the session is closed: open a new one"):
+            call()
+
+
+def test_sessions_share_an_engine_that_goes_with_the_last(tiny_engine, trt, device):
+    engine = gpu_engine(tiny_engine)
+    (wanted,) = expected(tiny_engine, [frame(0)])
+    one, other = (GpuSession.open(trt, engine, device) for _ in range(2))
+    assert trt.deserialized == 1
+    one.detect([frame(0)], OPTIONS)
+    one.close()
+    assert_same(other.detect([frame(0)], OPTIONS), [wanted])
+    other.close()
+    gc.collect()
+    assert len(trt.engines) == 0
+    assert not device.device_memory
+    assert not device.page_locked_memory
+    with GpuSession.open(trt, engine, device):
+        assert trt.deserialized == 2
+    assert not trt.violations
+
+
+def test_the_same_plan_with_another_header_is_another_engine(tiny_engine, trt, device):
+    engine = gpu_engine(tiny_engine)
+    renamed = replace(engine, header=replace(engine.header, model=replace(engine.header.model, names=("a", "b", "c"))))
+    with GpuSession.open(trt, engine, device), GpuSession.open(trt, renamed, device) as session:
+        assert session.header.model.names == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("fetched", [True, False], ids=["fetched", "pending"])
+def test_a_forgotten_session_is_closed_by_the_collector(tiny_engine, trt, device, fetched):
+    session = GpuSession.open(trt, gpu_engine(tiny_engine), device)
+    pending = session.submit([frame(0)], OPTIONS)
+    if fetched:
+        pending.result()
+    del session, pending
+    gc.collect()
+    assert len(trt.engines) == 0
+    assert not device.device_memory
+    assert not trt.violations
+
+
+def test_freed_memory_shows_in_these_tests(device):
+    with device.current():
+        memory = device.allocate(16)
+        address = memory.address
+        del memory
+    np.testing.assert_array_equal(bytes_at(address, 16), FREED)
