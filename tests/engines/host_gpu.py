@@ -401,7 +401,9 @@ class _Engine:
         )
         self.batches = content["batches"]
         self.layer = content["layer"]
-        self._network = onnxruntime.InferenceSession(plan[4 + length :], providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1  # these networks are tiny
+        self._network = onnxruntime.InferenceSession(plan[4 + length :], options, providers=["CPUExecutionProvider"])
 
     @property
     def num_io_tensors(self) -> int:

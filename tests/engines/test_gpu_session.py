@@ -82,7 +82,7 @@ class RoundingSession(OnnxRuntimeSession):
     """The CPU's session with the types of the GPU's engine."""
 
     def __init__(self, engine: EngineFile, *, half_input: bool = False, half_heads: bool = False) -> None:
-        super().__init__(engine)
+        super().__init__(engine, threads=1)
         self._input_type = np.float16 if half_input else np.float32
         self._head_type = np.float16 if half_heads else np.float32
 
@@ -93,7 +93,7 @@ class RoundingSession(OnnxRuntimeSession):
 
 def expected(engine: EngineFile, frames: Sequence[np.ndarray], options: NmsOptions = OPTIONS) -> list[Boxes]:
     """The boxes of each frame alone, or first of a batch that is filled up."""
-    with open_session(engine) as session:
+    with open_session(engine, threads=1) as session:
         return [session.detect([pixels], options)[0] for pixels in frames]
 
 
