@@ -85,7 +85,10 @@ class GpuSession(Session):
             EngineFileError: if the engine does not fit this machine.
             InferenceError: if the GPU's memory does not suffice.
         """
-        return cls(shared_engine(trt, engine, device or find_device()))
+        device = device or find_device()
+        with _using(device):
+            shared = shared_engine(trt, engine, device)
+        return cls(shared)
 
     def submit(self, frames: Sequence[Frame], options: NmsOptions) -> Pending:
         """See `Session.submit`. Where all lanes are busy, this waits for the oldest batch and keeps its result."""
@@ -234,14 +237,8 @@ class GpuSession(Session):
                 "this engine holds YoloLayer and gives no raw heads: build it with --yololayer kernel to evaluate it"
             )
 
-    @contextlib.contextmanager
-    def _on_device(self) -> Iterator[None]:
-        """Use the GPU; its failures become InferenceError."""
-        try:
-            with self._device.current():
-                yield
-        except self._device.errors as problem:
-            raise InferenceError(_explain(problem)) from problem
+    def _on_device(self) -> contextlib.AbstractContextManager[None]:
+        return _using(self._device)
 
 
 class _GpuPending(Pending):
@@ -630,6 +627,16 @@ class _Nms:
             layout = NmsLayout(batch, self._row_count, self._options.max_detections)
             kernel = self._kernels[batch] = NmsKernel(self._device, layout, self._options)
         return kernel
+
+
+@contextlib.contextmanager
+def _using(device: GpuDevice) -> Iterator[None]:
+    """Use the GPU; its failures become InferenceError."""
+    try:
+        with device.current():
+            yield
+    except device.errors as problem:
+        raise InferenceError(_explain(problem)) from problem
 
 
 def _size(frame: npt.NDArray[np.uint8]) -> tuple[int, int]:
