@@ -347,6 +347,7 @@ class FakeTensorRt(types.ModuleType):
     """The module `tensorrt`, as far as the runtime uses it, of a version 8 or of a later one.
 
     Attributes:
+        has_scratch_size: Whether engines say how much memory they need.
         deserialized: How many engines were.
         refused: What TensorRT logs when it refuses the next plan; empty if it does not.
         failed: What it logs when it refuses to execute; empty if it does not.
@@ -360,6 +361,7 @@ class FakeTensorRt(types.ModuleType):
         self.__version__ = version
         self.device = device
         self.is_modern = int(version.partition(".")[0]) >= 10
+        self.has_scratch_size = True
         self.deserialized = 0
         self.refused = self.failed = ""
         self.executed_batches: list[int] = []
@@ -450,7 +452,10 @@ class _OldEngine(_Engine):
 class _ModernEngine(_Engine):
     """As of TensorRT 10.1 and later."""
 
-    device_memory_size_v2 = _Engine.scratch
+    def __getattr__(self, name: str) -> int:
+        if name == "device_memory_size_v2" and self.trt.has_scratch_size:
+            return self.scratch
+        raise AttributeError(name)
 
     def create_execution_context(self, strategy: Any) -> Any:
         assert strategy is self.trt.ExecutionContextAllocationStrategy.USER_MANAGED

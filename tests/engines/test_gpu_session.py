@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import functools
 import gc
-import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from tests.engines.host_gpu import FREED, FakeTensorRt, HostGpuDevice, HostGpuError, bytes_at, gpu_engine
-from tests.kernels.host_device import COMPILER, HostDevice
 from yolotrt import BuildOptions, build_engine
 from yolotrt.cuda.kernels import NmsLayout
 from yolotrt.engines import gpu_session
@@ -32,29 +30,10 @@ SIZES = ((64, 64), (48, 80), (130, 200), (300, 210), (33, 21), (7, 90), (1, 1), 
 """Of frames: a copy, odd ones, of which all rows are needed and of which not."""
 
 
-@pytest.fixture(scope="module")
-def kernels() -> Iterator[HostDevice]:
-    if shutil.which(COMPILER) is None:
-        pytest.skip(f"no C++ compiler ({COMPILER}) to build the kernels for the CPU")
-    device = HostDevice()
-    yield device
-    device.close()
-
-
 @pytest.fixture(autouse=True)
 def few_threads(monkeypatch) -> None:
     """The selecting block of nms.cu gets fewer threads, which the CPU runs one after the other."""
     monkeypatch.setattr(gpu_session, "NmsLayout", functools.partial(NmsLayout, threads=128))
-
-
-@pytest.fixture
-def device(kernels) -> HostGpuDevice:
-    return HostGpuDevice(kernels)
-
-
-@pytest.fixture
-def trt(device) -> FakeTensorRt:
-    return FakeTensorRt(device)
 
 
 @pytest.fixture(scope="module")
@@ -592,6 +571,13 @@ def test_a_failing_gpu_is_one_line_and_the_session_can_be_closed(tiny_engine, tr
     session.close()
     gc.collect()
     assert not trt.violations
+
+
+@pytest.mark.parametrize("method", ["current", "allocate", "stream", "page_locked"])
+def test_a_gpu_that_fails_at_once_is_one_line(tiny_engine, trt, device, method):
+    device.failing[method] = HostGpuError("CUDA_ERROR_UNKNOWN")
+    with pytest.raises(InferenceError, match=r"the GPU failed \(CUDA_ERROR_UNKNOWN\): start the program again"):
+        GpuSession.open(trt, gpu_engine(tiny_engine), device)
 
 
 def test_a_failure_belongs_to_its_batch(tiny_engine, trt, device):
