@@ -125,7 +125,7 @@ class YoloLayer:
             For each picture of the batch float32 (candidates, 5 + classes), in the order of `full`.
         """
         levels = [self._split(head) for head in heads]  # (batch, anchors, 5 + classes, rows, columns)
-        threshold = _raw_threshold(confidence)
+        threshold = raw_threshold(confidence)
         for picture in range(heads[0].shape[0]):
             rows = [self._candidates(level, split[picture], threshold) for level, split in enumerate(levels)]
             decoded = np.concatenate(rows)
@@ -246,7 +246,7 @@ def _corners(xywh: Float) -> Float:
     return np.concatenate([xywh[..., :2] - half, xywh[..., :2] + half], -1)
 
 
-def _raw_threshold(confidence: float) -> float:
+def raw_threshold(confidence: float) -> float:
     """A raw value whose sigmoid is a little below `confidence`, to filter before the exact test.
 
     A little is four float32 steps at 1, since `sigmoid` rounds three times and the comparison once. A distance in raw

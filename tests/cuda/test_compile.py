@@ -151,7 +151,7 @@ def test_the_plugin_kernel_takes_inputs_then_integers_then_outputs(nvrtc, levels
     parameters = re.search(r"\.entry\s+yololayer\s*\(([^)]*)\)", ptx)[1]
     # an ahead-of-time TensorRT plugin passes input pointers, then 32-bit integers, then output pointers
     types = re.findall(r"\.param\s+\.([a-z]\d+)(?:\s+\.ptr[^,]*?)?\s", parameters)
-    assert types == ["u64"] * levels + ["u32"] * (1 + 2 * levels) + ["u64"]
+    assert types == ["u64"] * levels + ["u32"] * (2 + 2 * levels) + ["u64"]
 
 
 def test_nvrtc_refuses_an_unknown_architecture_in_one_line(nvrtc):

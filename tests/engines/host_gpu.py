@@ -31,8 +31,8 @@ import onnxruntime
 from tests.kernels.host_device import HostDevice
 from yolotrt.cuda.device import GpuDevice, Graph, Memory
 from yolotrt.cuda.kernels import _PLAN, BEST_VALUES, YoloLayerKernel
+from yolotrt.engines.base import KERNEL, PLUGIN
 from yolotrt.engines.file import EngineFile, TensorInfo
-from yolotrt.engines.gpu_session import KERNEL, PLUGIN
 from yolotrt.weights.model import Anchors
 
 FREED = 0xDB

@@ -10,6 +10,7 @@ import numpy as np
 
 from yolotrt.cuda.kernels import (
     BEST_VALUES,
+    KEEP_ALL_ROWS,
     Device,
     LetterboxKernel,
     NmsKernel,
@@ -163,7 +164,13 @@ def random_heads(
     return [(rng.standard_normal((batch, shape, *size)) * 3 - 2).astype(kind) for size in sizes]
 
 
-def decode(machine: Machine, heads: Sequence[np.ndarray], layer: YoloLayer, variant: Variant) -> np.ndarray:
+def decode(
+    machine: Machine,
+    heads: Sequence[np.ndarray],
+    layer: YoloLayer,
+    variant: Variant,
+    least_objectness: float = KEEP_ALL_ROWS,
+) -> np.ndarray:
     """What yololayer.cu makes of the heads."""
     anchors = tuple(tuple((float(w), float(h)) for w, h in level) for level in layer.anchors)
     half = heads[0].dtype == np.float16
@@ -172,7 +179,8 @@ def decode(machine: Machine, heads: Sequence[np.ndarray], layer: YoloLayer, vari
     batch = heads[0].shape[0]
     buffers = [machine.upload(head) for head in heads]
     output = machine.upload(np.full((batch, kernel.row_count(sizes), kernel.row_values), np.nan, np.float32))
-    kernel.launch([machine.address(buffer) for buffer in buffers], sizes, batch, machine.address(output))
+    addresses = [machine.address(buffer) for buffer in buffers]
+    kernel.launch(addresses, sizes, batch, machine.address(output), least_objectness=least_objectness)
     return machine.download(output)
 
 

@@ -8,7 +8,7 @@ from comparisons import COCO_ANCHORS, COCO_STRIDES, decode, decode_error, random
 
 from yolotrt.cuda.kernels import yololayer_defines
 from yolotrt.errors import InputError
-from yolotrt.postprocess import YoloLayer
+from yolotrt.postprocess import YoloLayer, raw_threshold
 
 # The two expf (C library, NumPy) may differ by some units in the last place, and three roundings follow.
 LAST_PLACES = 8
@@ -92,3 +92,19 @@ def test_a_wrong_number_of_levels_is_refused(levels, strides):
     anchors = (((10.0, 20.0),),) * levels
     with pytest.raises(InputError, match="YoloLayer takes 1 to 4 levels"):
         yololayer_defines(anchors, (8,) * strides, 80, "best", half=False)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("confidence", [0.0, 0.25, 0.9, 1.0])
+def test_rows_that_cannot_reach_the_confidence_become_zeros_and_no_others(machine, half, confidence):
+    heads = random_heads(np.random.default_rng(7), SIZES, 3, 80, 2, half=half)
+    heads[0][0, 4, 0, :4] = -np.inf, np.inf, np.nan, 0.0
+    layer = YoloLayer(COCO_ANCHORS, COCO_STRIDES, 80)
+    everything = decode(machine, heads, layer, "best")
+    rows = decode(machine, heads, layer, "best", raw_threshold(confidence))
+    objectness = layer.full([head.astype(np.float32) for head in heads])[..., 4]
+    kept = (rows != 0).any(-1)
+    np.testing.assert_array_equal(rows[kept], everything[kept])
+    assert not (objectness[~kept] > confidence).any()
+    # the threshold is four last places early at most
+    assert not (objectness[kept] < confidence - 1e-6).any()

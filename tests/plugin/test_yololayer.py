@@ -201,10 +201,11 @@ def test_the_launch_geometry_is_that_of_the_kernel(result, case):
         assert launch["tactics"] == []  # one kernel a combination: TensorRT passes tactic 0
 
 
-def test_the_kernel_gets_batch_then_heights_and_widths_level_by_level(result, case):
+def test_the_kernel_gets_batch_then_heights_and_widths_level_by_level_then_no_least_objectness(result, case):
     sides = [side for size in case.sizes[: len(case.anchors)] for side in size]
+    minus_infinity = int(np.float32(-np.inf).view(np.int32))
     for launch in result["launches"]:
-        assert launch["integers"] == [[batch, *sides] for batch in case.batches]
+        assert launch["integers"] == [[batch, *sides, minus_infinity] for batch in case.batches]
 
 
 def test_the_device_code_takes_heads_then_integers_then_rows(result, case):

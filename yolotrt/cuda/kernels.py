@@ -283,6 +283,10 @@ YOLOLAYER_ROWS = 32
 YOLOLAYER_BLOCK = (256, 1, 1)
 
 
+KEEP_ALL_ROWS = -np.inf
+"""A least objectness that no row is below."""
+
+
 def yololayer_defines(
     anchors: Anchors, strides: Sequence[int], class_count: int, variant: Variant, *, half: bool
 ) -> dict[str, int | str]:
@@ -311,6 +315,11 @@ def yololayer_defines(
         "HALF_HEADS": int(half),
         "FULL_ROWS": int(variant == "full"),
     }
+
+
+def bits_of(value: float) -> int:
+    """The bits of a float32 as an int32: plugins pass only integers to their kernels."""
+    return int(np.float32(value).view(np.int32))
 
 
 def yololayer_grid(rows: int, batch: int) -> _Dim3:
@@ -346,7 +355,13 @@ class YoloLayerKernel:
         return self._anchors * sum(height * width for height, width in sizes)
 
     def launch(
-        self, heads: Sequence[int], sizes: Sequence[tuple[int, int]], batch: int, output: int, stream: Any = None
+        self,
+        heads: Sequence[int],
+        sizes: Sequence[tuple[int, int]],
+        batch: int,
+        output: int,
+        stream: Any = None,
+        least_objectness: float = KEEP_ALL_ROWS,
     ) -> None:
         """Decode `batch` pictures.
 
@@ -356,9 +371,11 @@ class YoloLayerKernel:
             batch: Pictures.
             output: Address of float32 [batch, rows, row_values].
             stream: Where to enqueue.
+            least_objectness: `best` rows of a lower raw objectness become zeros, which is much faster; `raw_threshold`
+                gives it for a confidence.
         """
-        cells = (np.int32(side) for size in sizes for side in size)
-        arguments = (*map(np.uint64, heads), np.int32(batch), *cells, np.uint64(output))
+        integers = (batch, *(side for size in sizes for side in size), bits_of(least_objectness))
+        arguments = (*map(np.uint64, heads), *map(np.int32, integers), np.uint64(output))
         grid = yololayer_grid(self.row_count(sizes), batch)
         self._device.launch(self._function, grid, YOLOLAYER_BLOCK, arguments, stream)
 

@@ -32,17 +32,13 @@ from yolotrt.cuda.kernels import (
     YoloLayerKernel,
     upload_bytes,
 )
-from yolotrt.engines.base import Finished, Frame, Pending, Session, Timing
+from yolotrt.engines.base import PLUGIN, Finished, Frame, Pending, Session, Timing
 from yolotrt.engines.file import EngineFile, TensorInfo
 from yolotrt.engines.trt_engine import TrtEngine, shared_engine
 from yolotrt.errors import InferenceError, InputError
-from yolotrt.postprocess import Boxes, NmsOptions, YoloLayer, non_max_suppression
+from yolotrt.postprocess import Boxes, NmsOptions, YoloLayer, non_max_suppression, raw_threshold
 
 _log = logging.getLogger(__name__)
-
-PLUGIN = "plugin"
-KERNEL = "kernel"
-"""`Plan.yololayer` of plans that hold YoloLayer, and of those that give raw heads to our kernel."""
 
 LANES = 2
 _CHANNELS = 3
@@ -439,7 +435,7 @@ class _Lane:
         if layer is None:
             return stages
         names = ("upload", "letterbox", "engine", "yololayer", "nms", "download")
-        stages["yololayer"] = lambda: layer.enqueue(batch, self._stream)
+        stages["yololayer"] = lambda: layer.enqueue(batch, self._stream, self._nms.confidence)
         return {name: stages[name] for name in names}
 
     def _enqueue_upload(self, batch: int) -> None:
@@ -572,8 +568,10 @@ class _YoloLayer:
         self.row_count = self._kernel.row_count(self._sizes)
         self.rows = engine.device.allocate(4 * header.max_batch * self.row_count * BEST_VALUES)
 
-    def enqueue(self, batch: int, stream: Any) -> None:
-        self._kernel.launch(self._heads, self._sizes, batch, self.rows.address, stream)
+    def enqueue(self, batch: int, stream: Any, confidence: float) -> None:
+        """Decode the rows that can have more than a confidence."""
+        least = raw_threshold(confidence)
+        self._kernel.launch(self._heads, self._sizes, batch, self.rows.address, stream, least)
 
 
 class _Nms:
@@ -587,6 +585,11 @@ class _Nms:
         self._options = NmsOptions(max_detections=-1)  # which no caller may have
         self._kernels: dict[int, NmsKernel] = {}
         self._workspace = device.allocate(NmsLayout(largest_batch, row_count, 1).workspace_bytes)
+
+    @property
+    def confidence(self) -> float:
+        """What a box needs more than."""
+        return self._options.confidence
 
     def set_options(self, options: NmsOptions) -> bool:
         """Use other options; returns whether they are others, so that graphs are out of date."""

@@ -77,10 +77,9 @@ class TensorRtBackend(Backend):
     def open(self, engine: EngineFile, *, threads: int | None = None) -> Session:  # noqa: ARG002
         """Open a session."""
         trt = tensorrt_module()
-        from yolotrt.engines.gpu_session import GpuSession  # type: ignore[import-not-found,unused-ignore]
+        from yolotrt.engines.gpu_session import GpuSession
 
-        session: Session = GpuSession.open(trt, engine)
-        return session
+        return GpuSession.open(trt, engine)
 
 
 def tensorrt_module() -> Any:

@@ -49,10 +49,9 @@ class TensorRtRtxBackend(Backend):
                 f"engine {engine.label} is for TensorRT-RTX, which runs on compute capability 8.0, 8.6, 8.9 and 12.x "
                 f"({label(gpu)}): build with --backend tensorrt or onnxruntime"
             )
-        from yolotrt.engines.gpu_session import GpuSession  # type: ignore[import-not-found,unused-ignore]
+        from yolotrt.engines.gpu_session import GpuSession
 
-        session: Session = GpuSession.open(trt, engine)
-        return session
+        return GpuSession.open(trt, engine)
 
 
 def runs_on(capability: tuple[int, int]) -> bool:

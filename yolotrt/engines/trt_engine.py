@@ -10,7 +10,7 @@ from typing import Any
 
 from yolotrt.cuda.device import GpuDevice, Memory
 from yolotrt.engines.file import REBUILD, EngineFile, EngineHeader, TensorInfo
-from yolotrt.engines.tensorrt_rtx import make_logger
+from yolotrt.engines.trt_log import shared_logger
 from yolotrt.errors import EngineFileError, InferenceError
 
 _log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class TrtEngine:
         self.header = engine.header
         self.is_capturable = True
         require_fitting_machine(engine, trt, device)
-        self._logger = make_logger(trt)
+        self._logger = shared_logger(trt)
         with device.current():
             self._runtime = trt.Runtime(self._logger)
             if engine.header.build_options.get("version_compatible"):

@@ -27,7 +27,15 @@ import numpy as np
 import numpy.typing as npt
 
 from yolotrt.cuda.compile import PORTABLE_ARCHITECTURE, compile_kernel
-from yolotrt.cuda.kernels import BEST_VALUES, YOLOLAYER_BLOCK, YOLOLAYER_ROWS, Variant, yololayer_defines
+from yolotrt.cuda.kernels import (
+    BEST_VALUES,
+    KEEP_ALL_ROWS,
+    YOLOLAYER_BLOCK,
+    YOLOLAYER_ROWS,
+    Variant,
+    bits_of,
+    yololayer_defines,
+)
 from yolotrt.errors import BackendUnavailableError, InputError, NetworkError
 from yolotrt.network.ops import Tensor
 from yolotrt.postprocess import BOX_VALUES
@@ -294,7 +302,8 @@ class _Plugin:
         launch.grid_y = batch
         launch.block_x, launch.block_y, launch.block_z = YOLOLAYER_BLOCK
         cells = [side for head in heads for side in tuple(head.shape_expr)[2:]]  # height and width, level by level
-        integers = trtp.SymIntExprs.from_tuple([trtp.SymInt32(value) for value in (batch, *cells)])
+        values = (batch, *cells, bits_of(KEEP_ALL_ROWS))
+        integers = trtp.SymIntExprs.from_tuple([trtp.SymInt32(value) for value in values])
         half = heads[0].dtype == self._trt.float16
         return NAME, _device_code(parameters, half=half), launch, integers
 
