@@ -26,7 +26,7 @@ import numpy as np
 from yolotrt.cuda.device import GpuDevice, find_device
 from yolotrt.engines.build import BACKENDS
 from yolotrt.engines.file import EngineFile
-from yolotrt.engines.gpu_session import GpuSession
+from yolotrt.engines.gpu_session import LANES, GpuSession
 from yolotrt.media.images import read_image
 from yolotrt.postprocess import NmsOptions, YoloLayer, non_max_suppression
 
@@ -84,7 +84,7 @@ def header(device: GpuDevice) -> str:
     return f"{device.name}, compute capability {device.capability}, {device.library}, {', '.join(versions)}, {today}"
 
 
-def open_engine(engine: EngineFile, device: GpuDevice, lanes: int = 2) -> GpuSession:
+def open_engine(engine: EngineFile, device: GpuDevice, lanes: int = LANES) -> GpuSession:
     """A session on the engine's own library."""
     import importlib
 
@@ -218,13 +218,13 @@ def median_us(call: Callable[[], object], runs: int = 300) -> float:
 
 
 def throughput(session: GpuSession, picture: np.ndarray, batch: int, seconds: float) -> dict[str, float]:
-    """Frames a second with two batches under way, and what the thread that drives it computes for each."""
-    batches = [[borrowed(session, picture) for _ in range(batch)] for _ in range(3)]
+    """Frames a second with several batches under way, and what the thread that drives it computes for each."""
+    batches = [[borrowed(session, picture) for _ in range(batch)] for _ in range(LANES)]
     waiting: deque[Any] = deque()
 
     def advance(number: int) -> None:
-        waiting.append(session.submit(batches[number % 3], OPTIONS))
-        if len(waiting) == 2:
+        waiting.append(session.submit(batches[number % LANES], OPTIONS))
+        if len(waiting) == LANES:
             waiting.popleft().result()
 
     for number in range(20):

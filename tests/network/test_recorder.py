@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from yolotrt.engines.tensorrt_rtx import shared_logger
+from yolotrt.engines.trt_log import shared_logger
 from yolotrt.errors import NetworkError
 from yolotrt.network import recorder
 

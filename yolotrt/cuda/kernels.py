@@ -200,11 +200,9 @@ class LetterboxKernel:
         return self._plan(source_size, "gathered" if gathered else "needed", pixels=pixels, source=source)
 
     @staticmethod
-    def set_addresses(plan: Bytes, **addresses: int) -> None:
-        """Change `pixels`, `source` or `pitch` of a plan, for another frame of the same size."""
-        header = plan[: _PLAN.itemsize].view(_PLAN)
-        for name, address in addresses.items():
-            header[name] = address
+    def header(plan: Bytes) -> npt.NDArray[np.void]:
+        """A view of a plan, whose ``pixels``, ``source`` and ``pitch`` may change for a frame of the same size."""
+        return plan[: _PLAN.itemsize].view(_PLAN)
 
     def launch(self, plans: int, output: int, batch: int, stream: Any = None) -> None:
         """Fill the first `batch` slots of the input at `output`, following the plans at `plans`."""
@@ -217,7 +215,9 @@ class LetterboxKernel:
     def _plan(self, source_size: tuple[int, int], kind: _PlanKind, **addresses: int) -> Bytes:
         content = _plan_without_addresses(source_size, self.network_size, kind)
         plan = np.frombuffer(bytearray(content.ljust(self.plan_bytes, b"\0")), np.uint8)
-        self.set_addresses(plan, **addresses)
+        header = self.header(plan)
+        for name, address in addresses.items():
+            header[name] = address
         return plan
 
 
@@ -253,7 +253,7 @@ def _plan_without_addresses(source_size: tuple[int, int], network_size: tuple[in
 
 # --- upload ----------------------------------------------------------------------------------------------------------
 
-_UPLOAD_GRID, _UPLOAD_BLOCK = (32, 1, 1), (256, 1, 1)
+_UPLOAD_GRID, _UPLOAD_BLOCK = (16, 1, 1), (256, 1, 1)
 """Enough loads under way for PCIe 5.0 (measured: docs/benchmarks.md), few enough to leave the GPU to the network."""
 
 
@@ -442,6 +442,16 @@ class NmsLayout:
     def _keys_bytes(self) -> int:
         return _aligned(8 * self.batch * self.segments * self.segment_rows)
 
+    def split(self, output: Bytes) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """The parts of a result that was copied from the device, uint8 (at least output_bytes,).
+
+        Returns:
+            Views: int32 (batch,), the number of boxes; float32 (batch, max_detections, 6), the boxes.
+        """
+        counts = output[: 4 * self.batch].view(np.int32)
+        rows = output[self.detections_offset : self.output_bytes].view(np.float32)
+        return counts, rows.reshape(self.batch, self.max_detections, BEST_VALUES)
+
     def detections(self, output: Bytes) -> list[Boxes]:
         """The boxes of every picture.
 
@@ -451,10 +461,8 @@ class NmsLayout:
         Returns:
             Per picture the boxes in network-input pixels, best first; copies, independent of `output`.
         """
-        counts = output[: 4 * self.batch].view(np.int32)
-        end = self.detections_offset + 4 * BEST_VALUES * self.batch * self.max_detections
-        rows = output[self.detections_offset : end].view(np.float32).reshape(self.batch, -1, BEST_VALUES)
-        return [_boxes(picture[:count].copy()) for picture, count in zip(rows, counts, strict=True)]
+        counts, rows = self.split(output)
+        return [boxes_of(picture, count) for picture, count in zip(rows, counts.tolist(), strict=True)]
 
 
 class NmsKernel:
@@ -521,7 +529,9 @@ class NmsKernel:
         self._device.launch(self._select, (layout.batch, 1, 1), (layout.threads, 1, 1), arguments, stream)
 
 
-def _boxes(rows: npt.NDArray[np.float32]) -> Boxes:
+def boxes_of(rows: npt.NDArray[np.float32], count: int) -> Boxes:
+    """A copy of the first `count` boxes of rows (max_detections, 6)."""
+    rows = rows[:count].copy()
     return Boxes(rows[:, :4], rows[:, 4], rows[:, 5].astype(np.int64))
 
 

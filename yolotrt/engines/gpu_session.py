@@ -5,8 +5,8 @@ letterbox, engine, YoloLayer (unless it is a plugin inside the engine), NMS, dow
 Where a frame lies and how large it is stands in a small record that travels along, so that one captured graph serves
 all frames of all sizes: it is captured once for each batch size.
 
-Two lanes, each with its stream, buffers and graphs, work on two batches at once, so that one batch's upload, launch
-gaps and host work hide behind the other's computation.
+Lanes, each with its stream, buffers and graphs, work on several batches at once, so that one batch's upload, launch
+gaps and host work hide behind the others' computation. A lane is made when so many batches are submitted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import contextlib
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from yolotrt.cuda.kernels import (
     NmsLayout,
     UploadKernel,
     YoloLayerKernel,
+    boxes_of,
     upload_bytes,
 )
 from yolotrt.engines.base import PLUGIN, Finished, Frame, Pending, Session, Timing
@@ -40,7 +42,9 @@ from yolotrt.postprocess import Boxes, NmsOptions, YoloLayer, non_max_suppressio
 
 _log = logging.getLogger(__name__)
 
-LANES = 2
+LANES = 3
+"""Two that compute, and one whose result the host is about to take."""
+
 _CHANNELS = 3
 
 
@@ -82,7 +86,7 @@ class GpuSession(Session):
             InferenceError: if the GPU's memory does not suffice.
         """
         device = device or find_device()
-        with _using(device):
+        with _Using(device):
             shared = shared_engine(trt, engine, device)
         return cls(shared)
 
@@ -233,8 +237,8 @@ class GpuSession(Session):
                 "this engine holds YoloLayer and gives no raw heads: build it with --yololayer kernel to evaluate it"
             )
 
-    def _on_device(self) -> contextlib.AbstractContextManager[None]:
-        return _using(self._device)
+    def _on_device(self) -> _Using:
+        return _Using(self._device)
 
 
 class _GpuPending(Pending):
@@ -347,8 +351,7 @@ class _Lane:
 
     def boxes(self) -> list[Boxes]:
         """Boxes of the finished batch, a list for each frame."""
-        count, batch = self._started
-        return self._nms.boxes(batch)[:count]
+        return self._nms.boxes(*self._started)
 
     def raw_heads(self, batch: int, enqueue_input: Callable[[], None]) -> list[npt.NDArray[np.float32]]:
         """Run the engine alone on an input; the raw heads as float32 arrays of the host."""
@@ -500,6 +503,7 @@ class _Slot:
         self._device = device
         self._letterbox = letterbox
         self._plan = plan
+        self._header = letterbox.header(plan)
         self._written: tuple[Any, ...] | None = None  # what the plan is for, but for addresses
         self._pixels = Memory(0, 0, None)
         self._staging = np.empty(0, np.uint8)
@@ -527,7 +531,7 @@ class _Slot:
         """Read the frame where it is in device memory."""
         kind = "device", frame.size
         if self._written == kind:
-            self._letterbox.set_addresses(self._plan, pixels=frame.address, pitch=frame.pitch)
+            self._header["pixels"], self._header["pitch"] = frame.address, frame.pitch
         else:
             self._plan[:] = self._letterbox.plan(frame.size, frame.address, frame.pitch)
             self._written = kind
@@ -541,7 +545,7 @@ class _Slot:
     def _write_upload(self, size: tuple[int, int], source: int, *, gathered: bool) -> None:
         kind = "host", size, gathered
         if self._written == kind:
-            self._letterbox.set_addresses(self._plan, source=source)
+            self._header["source"] = source
             return
         room = upload_bytes(self._letterbox.needed_rows(size).count * size[1] * _CHANNELS)
         if self._pixels.size < room:
@@ -584,6 +588,7 @@ class _Nms:
         self._class_count = class_count
         self._options = NmsOptions(max_detections=-1)  # which no caller may have
         self._kernels: dict[int, NmsKernel] = {}
+        self._results: dict[int, tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]] = {}
         self._workspace = device.allocate(NmsLayout(largest_batch, row_count, 1).workspace_bytes)
 
     @property
@@ -593,14 +598,14 @@ class _Nms:
 
     def set_options(self, options: NmsOptions) -> bool:
         """Use other options; returns whether they are others, so that graphs are out of date."""
-        if options == self._options:
+        if options is self._options or options == self._options:
             return False
         layout = NmsLayout(self._largest_batch, self._row_count, options.max_detections)
         kernel = NmsKernel(self._device, layout, options)  # refuses wrong options before anything is enqueued
         mask = self._class_mask(options)
         output, host_output = self._device.allocate(layout.output_bytes), self._device.page_locked(layout.output_bytes)
         # all or nothing: graphs that hold the old addresses stay valid if memory runs out above
-        self._kernels = {layout.batch: kernel}
+        self._kernels, self._results = {layout.batch: kernel}, {}
         self._mask, self._output, self._host_output, self._options = mask, output, host_output, options
         return True
 
@@ -611,8 +616,13 @@ class _Nms:
         size = self._kernel(batch).layout.output_bytes
         self._device.download(self._host_output[:size], self._output.address, stream)
 
-    def boxes(self, batch: int) -> list[Boxes]:
-        return self._kernel(batch).layout.detections(self._host_output)
+    def boxes(self, count: int, batch: int) -> list[Boxes]:
+        """Boxes of the first `count` pictures of a batch that was downloaded."""
+        results = self._results.get(batch)
+        if results is None:
+            results = self._results[batch] = self._kernel(batch).layout.split(self._host_output)
+        counts, rows = results
+        return [boxes_of(rows[index], int(counts[index])) for index in range(count)]
 
     def _class_mask(self, options: NmsOptions) -> Memory:
         """The classes to keep, on the device; address 0 keeps all."""
@@ -632,14 +642,25 @@ class _Nms:
         return kernel
 
 
-@contextlib.contextmanager
-def _using(device: GpuDevice) -> Iterator[None]:
-    """Use the GPU; its failures become InferenceError."""
-    try:
-        with device.current():
-            yield
-    except device.errors as problem:
-        raise InferenceError(_explain(problem)) from problem
+class _Using:
+    """Use the GPU for a while; its failures become InferenceError. A class, as each frame enters it twice."""
+
+    def __init__(self, device: GpuDevice) -> None:
+        self._device = device
+        self._current = device.current()
+
+    def __enter__(self) -> None:
+        try:
+            self._current.__enter__()
+        except self._device.errors as problem:
+            raise InferenceError(_explain(problem)) from problem
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._current.__exit__(kind, problem, trace)
+        if isinstance(problem, self._device.errors):
+            raise InferenceError(_explain(problem)) from problem
 
 
 def _size(frame: npt.NDArray[np.uint8]) -> tuple[int, int]:
