@@ -44,15 +44,12 @@ def find_gpu() -> Gpu:
     Raises:
         BackendUnavailableError: if there is none that can be used; says why.
     """
+    from yolotrt.cuda.device import find_device
+
     try:
-        from yolotrt.cuda.device import find_device  # type: ignore[attr-defined,unused-ignore]
-    except ImportError as problem:
-        raise BackendUnavailableError(f"no NVIDIA GPU is usable here ({problem}): {NO_GPU_REMEDY}") from problem
-    try:
-        device: Gpu = find_device()
+        return find_device()
     except BackendUnavailableError as problem:
         raise BackendUnavailableError(f"no NVIDIA GPU is usable here ({problem}): {NO_GPU_REMEDY}") from problem
-    return device
 
 
 def dotted(capability: tuple[int, int]) -> str:

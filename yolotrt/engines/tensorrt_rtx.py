@@ -10,8 +10,11 @@ from yolotrt.engines.definition import build_plan
 from yolotrt.engines.file import EngineFile
 from yolotrt.engines.gpu import find_gpu, label
 from yolotrt.engines.trt_adapter import TrtHooks
+from yolotrt.engines.trt_log import make_logger
 from yolotrt.errors import BackendUnavailableError
 from yolotrt.weights import Weights
+
+__all__ = ["TensorRtRtxBackend", "make_logger", "runs_on", "tensorrt_rtx_module"]
 
 CAPABILITIES = ((8, 0), (8, 6), (8, 9))
 BLACKWELL_RTX = 12
