@@ -397,7 +397,14 @@ def test_names_that_begin_with_a_dash_stand_after_two_dashes(run):
     assert lines[0].startswith("1 picture")
 
 
-@pytest.mark.parametrize(("argv", "status"), [(["-d", "pictures"], 1), (["--info", "yolotrt.engine"], 0)])
+@pytest.mark.parametrize(
+    ("argv", "status"),
+    [
+        (["-d", "pictures"], 1),
+        (["--info", "yolotrt.engine"], 0),
+        (["-s", "--engine", "b", "--backend", "onnxruntime"], 0),
+    ],
+)
 def test_an_opencv_that_cannot_be_loaded_is_named_where_it_is_needed(argv, status):
     program = "import sys; sys.modules['cv2'] = None; from yolotrt.cli import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run(

@@ -49,7 +49,7 @@ def test_importing_loads_nothing_heavy_before_its_time(statement, absent):
 
 
 def test_the_check_above_sees_what_is_loaded():
-    assert loaded_by("import yolotrt.preprocess", HEAVY) == ["cv2"]
+    assert loaded_by("import yolotrt.media.images", HEAVY) == ["cv2"]
 
 
 def test_every_module_can_be_imported_without_the_optional_packages():

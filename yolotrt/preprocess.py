@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -87,6 +86,8 @@ class Letterbox:
             image: uint8 BGR (height, width, 3), of `source_size`.
             out: float32 (3, network height, network width), contiguous; becomes RGB in 0..1.
         """
+        import cv2  # here, since builds need the rule above and no pictures
+
         out[:, : self.top] = out[:, self.top + self.scaled_size[0] :] = _UNIT_SCALE[PAD_VALUE]
         out[:, self._rows, : self.left] = _UNIT_SCALE[PAD_VALUE]
         out[:, self._rows, self.left + self.scaled_size[1] :] = _UNIT_SCALE[PAD_VALUE]
@@ -117,6 +118,8 @@ class Letterbox:
         """The picture in its scaled size; an equal size is not resampled, as in YOLOv5."""
         if image.shape[:2] == self.scaled_size:
             return image
+        import cv2
+
         height, width = self.scaled_size
         return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
 
