@@ -192,7 +192,7 @@ class CupyDevice(GpuDevice):
         try:
             import cupy
         except ImportError as problem:
-            raise BackendUnavailableError(f"CuPy is not installed ({problem}): install yolotrtx[gpu]") from None
+            raise _NotInstalledError(f"CuPy is not installed ({_reason(problem)}): install yolotrtx[gpu]") from None
         self._cupy: Any = cupy
         self._runtime: Any = cupy.cuda.runtime
         self.errors = (
@@ -205,7 +205,7 @@ class CupyDevice(GpuDevice):
             self.name = self._runtime.getDeviceProperties(index)["name"].decode()
         except cupy.cuda.runtime.CUDARuntimeError as problem:
             raise BackendUnavailableError(
-                f"GPU {index} cannot be used ({problem}): check the driver with nvidia-smi"
+                f"GPU {index} cannot be used ({_reason(problem)}): check the driver with nvidia-smi"
             ) from None
         self.index = index
         self.capability = int(digits[:-1]), int(digits[-1])
@@ -338,7 +338,9 @@ class PycudaDevice(GpuDevice):
             import pycuda.tools
             from pycuda import driver
         except (ImportError, OSError) as problem:
-            raise BackendUnavailableError(f"PyCUDA is not installed ({problem}): install yolotrtx[pycuda]") from None
+            raise _NotInstalledError(
+                f"PyCUDA is not installed ({_reason(problem)}): install yolotrtx[pycuda]"
+            ) from None
         self._driver: Any = driver
         self.errors = (driver.Error, _DriverError)
         try:
@@ -349,7 +351,7 @@ class PycudaDevice(GpuDevice):
             self._context: Any = device.retain_primary_context()
         except driver.Error as problem:
             raise BackendUnavailableError(
-                f"GPU {index} cannot be used ({problem}): check the driver with nvidia-smi"
+                f"GPU {index} cannot be used ({_reason(problem)}): check the driver with nvidia-smi"
             ) from None
         self.index = index
         self._calls = _DriverCalls()
@@ -521,6 +523,16 @@ class _DriverGraph(Graph):
         self._calls.destroy(self._executable)
 
 
+class _NotInstalledError(BackendUnavailableError):
+    """A device library is missing."""
+
+
+def _reason(problem: BaseException) -> str:
+    """The first line of an error; CuPy wraps those of its import in a page of advice."""
+    cause = problem.__cause__ or problem
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+
+
 DEVICES: dict[str, Callable[[int], GpuDevice]] = {"cupy": CupyDevice, "pycuda": PycudaDevice}
 """Device libraries in the order in which they are tried."""
 
@@ -542,14 +554,15 @@ def find_device(index: int | None = None, library: str | None = None) -> GpuDevi
     chosen = library or os.environ.get(LIBRARY_VARIABLE)
     if chosen and chosen not in DEVICES:
         raise InputError(f"device library {chosen!r} is not known: choose one of {', '.join(DEVICES)}")
-    problems = []
+    problems: list[YolotrtError] = []
     for name in [chosen] if chosen else DEVICES:
         key = name, index or 0
         try:
             if key not in _open:
                 _open[key] = DEVICES[name](index or 0)
         except YolotrtError as problem:
-            problems.append(str(problem))
+            problems.append(problem)
         else:
             return _open[key]
-    raise BackendUnavailableError(problems[0])
+    # what a library says of the GPU tells more than that another is not installed
+    raise next((problem for problem in problems if not isinstance(problem, _NotInstalledError)), problems[0])
