@@ -257,6 +257,13 @@ def test_the_stream_that_makes_a_frame_is_waited_for(tiny_engine, trt, device, v
     assert device.foreign_streams == waited
 
 
+def test_frames_on_the_device_may_differ_in_their_pitch(tiny_engine, trt, device):
+    wanted = expected(tiny_engine, [frame(3)])
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        for padding in (0, 7, 2):
+            assert_same(session.detect([OnDevice(device, frame(3), padding=padding)], OPTIONS), wanted)
+
+
 def test_frames_on_the_host_cost_the_bus_only_the_needed_rows(tiny_engine, trt, device):
     with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
         session.detect([borrowed(session, frame(0, (192, 192)))], OPTIONS)
@@ -525,7 +532,8 @@ def test_an_ordinary_array_where_a_borrowed_one_was_is_copied(tiny_engine, trt, 
     with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
         buffer = session.frame_buffer(64, 64)
         pixels = frame(0)
-        session._lent[pixels.ctypes.data] = np.frombuffer(buffer, np.uint8)[:1]  # smaller than the frame
+        small = buffer.ravel()[:1]
+        session._lent[pixels.ctypes.data] = small
         assert_same(session.detect([pixels], OPTIONS), [wanted])
 
 
