@@ -349,7 +349,7 @@ class FakeTensorRt(types.ModuleType):
     Attributes:
         has_scratch_size: Whether engines say how much memory they need.
         deserialized: How many engines were.
-        refused: What TensorRT logs when it refuses the next plan; empty if it does not.
+        refused: What TensorRT logs when it refuses the next plan (nothing if blank); empty if it does not.
         failed: What it logs when it refuses to execute; empty if it does not.
         executed_batches: Batch of each execution.
         violations: Objects that outlived what they need.
@@ -381,7 +381,8 @@ class FakeRuntime:
     def deserialize_cuda_engine(self, plan: bytes) -> Any:
         assert isinstance(plan, bytes)
         if self._trt.refused:
-            self._logger.log(Severity.ERROR, self._trt.refused)
+            if self._trt.refused.strip():
+                self._logger.log(Severity.ERROR, self._trt.refused)
             return None
         self._trt.deserialized += 1
         kind = _ModernEngine if self._trt.is_modern else _OldEngine

@@ -11,6 +11,7 @@ import pytest
 from tests.engines.host_gpu import FakeTensorRt, gpu_engine
 from yolotrt.engines.file import TensorInfo
 from yolotrt.engines.trt_engine import TrtEngine, require_fitting_machine, shared_engine
+from yolotrt.engines.trt_log import shared_logger
 from yolotrt.errors import EngineFileError, InferenceError
 
 
@@ -78,6 +79,7 @@ def test_another_gpu_of_the_same_kind_is_a_warning(tiny_engine, device, trt, cap
     [("Serialization assertion magicTag failed", "Serialization assertion magicTag failed"), (" ", "no reason given")],
 )
 def test_a_plan_that_tensorrt_refuses_is_one_line(tiny_engine, device, trt, refused, reason):
+    shared_logger(trt).log(trt.ILogger.Severity.ERROR, "of an earlier build")
     trt.refused = refused
     with pytest.raises(EngineFileError) as caught:
         TrtEngine(trt, gpu_engine(tiny_engine), device)

@@ -48,6 +48,7 @@ class TrtEngine:
             self._runtime = trt.Runtime(self._logger)
             if engine.header.build_options.get("version_compatible"):
                 self._runtime.engine_host_code_allowed = True  # the plan brings its runtime along, as program code
+            self._logger.clear()  # what it said of earlier engines and builds
             self._engine: Any = self._runtime.deserialize_cuda_engine(engine.plan)
             if self._engine is None:
                 reason = self._logger.last_error or "no reason given"
