@@ -295,7 +295,7 @@ def test_results_may_be_fetched_in_any_order(tiny_engine, tiny_dynamic_engine, t
                 assert_same(pending[index].result(), [wanted[seed] for seed in batches[index]])
             for index in indices:  # a second call gives the same
                 assert_same(pending[index].result(), [wanted[seed] for seed in batches[index]])
-        assert len(session._lanes) == 2
+        assert len(session._lanes) == gpu_session.LANES
 
 
 def test_ordinary_frames_may_change_once_they_are_submitted(tiny_engine, trt, device):
@@ -591,7 +591,7 @@ def test_a_gpu_that_fails_at_once_is_one_line(tiny_engine, trt, device, method):
 def test_a_failure_belongs_to_its_batch(tiny_engine, trt, device):
     (wanted,) = expected(tiny_engine, [frame(5)])
     with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
-        lost = [session.submit([frame(seed)], OPTIONS) for seed in range(2)]
+        lost = [session.submit([frame(seed)], OPTIONS) for seed in range(gpu_session.LANES)]
         device.failing["wait"] = HostGpuError("lost")
         kept = session.submit([frame(5)], OPTIONS)  # waits for the first, whose failure it is not
         del device.failing["wait"]
