@@ -3,46 +3,42 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yolotrt
-from yolotrt.errors import ImageError, InputError, OutputError
-from yolotrt.shell import make_output_robust, print_beside_progress, printable, run_command
+from yolotrt.errors import InputError, OutputError
+from yolotrt.shell import make_output_robust, printable, run_command
 
 if TYPE_CHECKING:
-    from yolotrt.detections import Detections
-    from yolotrt.detector import Detector, Image
+    from yolotrt.detector import Detector
     from yolotrt.engines.file import EngineHeader
-    from yolotrt.media.results import ImageSink
+    from yolotrt.media.frames import Span
+    from yolotrt.media.run import Run, VideoReader
 
 PROGRAM = "yolotrt"
 DEFAULT_ENGINE = Path("yolotrt.engine")
 DEFAULT_OUTPUT = Path("runs/detect")
 DEFAULT_SAMPLES = Path("samples")
 
-NO_DISPLAY = "--show needs a display: leave it out and look at the files in the results folder"
-
-QUIT_KEYS = (ord("q"), 27)
-"""q and Escape."""
-
 ENGINE_HELP = "engine file that -s writes and -d runs (default: %(default)s)"
 
 USAGE = f"""{PROGRAM} -s [--weights FILE] [--engine FILE] [option ...]
        {PROGRAM} -d [SOURCE ...] [--engine FILE] [option ...]
+       {PROGRAM} --webcam [CAMERA] [--serve PORT] [option ...]
        {PROGRAM} --info FILE"""
 
 EPILOG = """examples:
   python gen_wts.py -w yolov5s.pt -o yolov5s.wts        convert a checkpoint
   python -m yolotrt -s --weights yolov5s.wts            build yolotrt.engine
   python -m yolotrt -d pictures/ --save-txt             detect; results go to runs/detect
+  python -m yolotrt -d drive.mp4 --save-csv all.csv     annotate a video
+  python -m yolotrt --webcam --serve 8000               a camera on a local page
   python -m yolotrt --info yolotrt.engine               describe a file
 """
 
@@ -100,31 +96,34 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show tracebacks and all log messages")
     parser.add_argument("-v", "--verbose", action="store_true", help="say more")
     _add_commands(parser)
-    _add_build_options(_options_of(serialize, parser.add_argument_group("building (-s)")))
-    _add_detect_options(_options_of(detect, parser.add_argument_group("detecting (-d)")))
+    _add_build_options(_options_of((serialize,), parser.add_argument_group("building (-s)")))
+    _add_detect_options(_options_of((detect, webcam), parser.add_argument_group("detecting (-d, --webcam)")))
+    _add_file_options(_options_of((detect,), parser.add_argument_group("files (-d)")))
     parser.add_argument("--engine", type=Path, default=DEFAULT_ENGINE, metavar="FILE", help=ENGINE_HELP)
     return parser
 
 
-_COMMAND_OF_OPTION: dict[str, tuple[str, Any, Callable[[argparse.Namespace], int]]] = {}
-"""By destination: the option, its default and the command that it belongs to."""
+Command = Callable[[argparse.Namespace], int]
+
+_COMMANDS_OF_OPTION: dict[str, tuple[str, Any, Sequence[Command]]] = {}
+"""By destination: the option, its default and the commands that it belongs to."""
 
 
-def _options_of(command: Callable[[argparse.Namespace], int], group: Any) -> Callable[..., None]:
+def _options_of(commands: Sequence[Command], group: Any) -> Callable[..., None]:
     """A function like `group.add_argument` that notes whose option it is."""
 
     def add(*names: str, **properties: Any) -> None:
         action = group.add_argument(*names, **properties)
-        _COMMAND_OF_OPTION[action.dest] = names[0], action.default, command
+        _COMMANDS_OF_OPTION[action.dest] = names[0], action.default, commands
 
     return add
 
 
 def _check_options_fit(options: argparse.Namespace) -> None:
     """An option of another command is a mistake: it would have no effect, and the user thinks it has."""
-    for destination, (name, default, command) in _COMMAND_OF_OPTION.items():
-        if command is not options.command and getattr(options, destination) != default:
-            used, own = (_COMMAND_NAMES[function] for function in (options.command, command))
+    for destination, (name, default, commands) in _COMMANDS_OF_OPTION.items():
+        if options.command not in commands and getattr(options, destination) != default:
+            used, own = (_COMMAND_NAMES[function] for function in (options.command, commands[0]))
             raise InputError(f"{name} belongs to {own} and has no effect on {used}: leave it out")
 
 
@@ -141,7 +140,17 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         command=detect,
         nargs="*",
         metavar="SOURCE",
-        help="detect in pictures: files, folders, globs, .txt lists (default: samples/)",
+        help="detect in pictures, videos, folders, globs, .txt lists, cameras, URLs (default: samples/)",
+    )
+    group.add_argument(
+        "--webcam",
+        dest="camera",
+        action=_SetCommand,
+        command=webcam,
+        nargs="?",
+        const="0",
+        metavar="CAMERA",
+        help="show what a camera sees: 0, /dev/video1, a URL, or a video that plays as a camera (default: 0)",
     )
     group.add_argument(
         "--info",
@@ -205,6 +214,8 @@ def _class(text: str) -> int | str:
 
 
 def _add_detect_options(add: Callable[..., None]) -> None:
+    from yolotrt.media.frames import RECONNECT_S
+
     add("--conf", type=float, default=0.25, metavar="C", help="least confidence, 0 to 1 (default: %(default)s)")
     add(
         "--iou",
@@ -225,11 +236,40 @@ def _add_detect_options(add: Callable[..., None]) -> None:
         help="results folder; a number is added if it exists (default: %(default)s)",
     )
     add("--exist-ok", action="store_true", help="write into an existing --out, replacing results there")
-    add("--no-save", action="store_true", help="write no pictures")
     add("--save-txt", action="store_true", help="write YOLO labels: class x y w h, normalised")
     add("--save-conf", action="store_true", help="add the confidence to --save-txt")
+    add("--save-crops", action="store_true", help="write what is inside each box as a picture")
     add("--save-json", type=Path, metavar="FILE", help="write all detections to one JSON file")
-    add("--show", action="store_true", help="show each picture; any key goes on, q quits")
+    add("--save-jsonl", type=Path, metavar="FILE", help="write a line of JSON a picture or frame, while it runs")
+    add("--save-csv", type=Path, metavar="FILE", help="write a line a detection, while it runs")
+    add("--show", action="store_true", help="a window; keys: q quit, s snapshot, space pause, +/- confidence")
+    add("--serve", metavar="[HOST:]PORT", help="a page with the live picture (default host: 127.0.0.1)")
+    add("--stride", type=int, default=1, metavar="N", help="take every n-th frame")
+    add("--end", type=_time, metavar="TIME", help="stop at this time: seconds, or [H:]M:S")
+    add(
+        "--reconnect",
+        type=float,
+        default=RECONNECT_S,
+        metavar="S",
+        help="how long a lost camera or stream is tried again, in seconds (default: %(default)g)",
+    )
+
+
+def _add_file_options(add: Callable[..., None]) -> None:
+    add("--no-save", action="store_true", help="write no pictures and videos")
+    add("--start", type=_time, default=0.0, metavar="TIME", help="begin videos at this time")
+    add("--nvdec", action="store_true", help="decode videos on the GPU (needs PyNvVideoCodec and CuPy)")
+
+
+def _time(text: str) -> float:
+    """Seconds of ``90``, ``1:30`` or ``0:01:30.5``."""
+    try:
+        parts = [float(part) for part in text.split(":")]
+    except ValueError:
+        parts = []
+    if not 1 <= len(parts) <= 3 or not all(0 <= part < float("inf") for part in parts):
+        raise argparse.ArgumentTypeError(f"invalid time value: {text!r}: give seconds, or [H:]M:S")
+    return float(sum(part * 60**power for power, part in enumerate(reversed(parts))))
 
 
 def serialize(options: argparse.Namespace) -> int:
@@ -327,131 +367,101 @@ def _build_options(options: argparse.Namespace) -> Any:
 
 
 def detect(options: argparse.Namespace) -> int:
-    """Detect objects in pictures (-d)."""
+    """Detect objects in pictures, videos and streams (-d)."""
     from yolotrt.detector import Detector
+    from yolotrt.media.run import Outputs, Run
     from yolotrt.media.sources import expand_sources
 
-    paths = expand_sources(options.detect_sources or _default_sources())
+    sources = expand_sources(options.detect_sources or _default_sources())
     _check_detect_options(options)
-    with Detector(
-        options.engine,
-        confidence=options.conf,
-        iou=options.iou,
-        max_detections=options.max_det,
-        classes=options.classes,
-        agnostic=options.agnostic_nms,
-        threads=options.threads,
-    ) as detector:
-        return _DetectRun(options, detector, paths).run()
-
-
-class _DetectRun:
-    """One run of ``-d``: pictures through a detector into files; one that cannot be read is named and left out."""
-
-    def __init__(self, options: argparse.Namespace, detector: Detector, paths: Sequence[Path]) -> None:
-        self._options = options
-        self._detector = detector
-        self._paths = paths
-        self._sink = self._make_sink()
-        self._counts: Counter[str] = Counter()
-        self._records: list[dict[str, Any]] = []
-        self._failures = 0
-
-    def run(self) -> int:
-        """Process all pictures; returns the exit status: 0, 1 if some cannot be read, 2 if none can."""
-        from yolotrt.media.results import write_json
-
-        began = time.perf_counter()
-        try:
-            for path, image, detections in self._results():
-                self._deliver(path, image, detections)
-                if self._options.show and not _show(path, image, detections):
-                    break
-        finally:  # what was found before a failure or Ctrl-C is kept
-            if self._options.save_json is not None:
-                write_json(self._options.save_json, self._records)
-            self._remove_empty_folder()
-        if self._failures == len(self._paths):
-            return ImageError.exit_status
-        self._summarise(time.perf_counter() - began)
-        return 1 if self._failures else 0
-
-    def _make_sink(self) -> ImageSink | None:
-        """The folder that results go to; None if nothing is to be written there."""
-        from yolotrt.media.results import ImageSink, next_run_folder
-
-        options = self._options
-        if options.no_save and not options.save_txt:
-            return None
-        folder = options.out if options.exist_ok else next_run_folder(options.out)
-        return ImageSink(
-            folder, save_images=not options.no_save, save_txt=options.save_txt, with_confidence=options.save_conf
+    with Detector(options.engine, **_detector_options(options)) as detector:
+        outputs = Outputs(save_media=not options.no_save, **_output_options(options))
+        run = Run(
+            detector,
+            sources,
+            outputs,
+            span=_span(options),
+            reader=_video_reader(options),
+            reconnect_s=options.reconnect,
         )
-
-    def _remove_empty_folder(self) -> None:
-        """A run that wrote nothing leaves no folder of its own behind."""
-        if self._sink is not None and not self._options.exist_ok:
-            with contextlib.suppress(OSError):  # it is not empty
-                self._sink.folder.rmdir()
-
-    def _results(self) -> Iterator[tuple[Path, Image, Detections]]:
-        """Detections of every readable picture, in batches as large as the engine takes."""
-        from tqdm import tqdm
-
-        size = self._detector.engine.header.max_batch
-        with tqdm(total=len(self._paths), unit="image", disable=None, file=sys.stderr, leave=False) as progress:
-            for start in range(0, len(self._paths), size):
-                batch = list(self._readable(self._paths[start : start + size]))
-                if batch:
-                    for (path, image), found in zip(batch, self._detector([i for _, i in batch]), strict=True):
-                        yield path, image, found
-                progress.update(min(size, len(self._paths) - start))
-
-    def _readable(self, paths: Sequence[Path]) -> Iterator[tuple[Path, Image]]:
-        """Pictures that can be read; the others are named and counted."""
-        from yolotrt.media.images import read_image
-
-        for path in paths:
-            try:
-                yield path, read_image(path)
-            except ImageError as error:
-                self._failures += 1
-                print_beside_progress(f"{PROGRAM}: error: {error}")
-
-    def _deliver(self, path: Path, image: Image, detections: Detections) -> None:
-        """Hand one picture's detections to all outputs."""
-        from yolotrt.media.results import json_record
-
-        self._counts.update(detections.counts())
-        if self._options.save_json is not None:
-            self._records.append(json_record(path, detections))
-        if self._sink is not None:
-            self._sink.write(path, image, detections)
-
-    def _summarise(self, seconds: float) -> None:
-        """One line on what was found, one on how long it took."""
-        timing = self._detector.timing
-        counts = (f"{number} {printable(name)}" for name, number in self._counts.most_common())
-        found = ", ".join(counts) or "nothing"
-        print(f"{_count(timing.pictures, len(self._paths))}: {found}")
-        print(
-            f"each: pre {timing.preprocess_ms / timing.pictures:.1f} ms, "
-            f"infer {timing.inference_ms / timing.pictures:.1f} ms, "
-            f"post {timing.postprocess_ms / timing.pictures:.1f} ms "
-            f"({timing.pictures / seconds:.1f} pictures/s with reading and writing)"
-        )
-        places = [self._sink.folder if self._sink is not None else None, self._options.save_json]
-        written = [printable(str(place)) for place in places if place is not None and place.exists()]
-        if written:
-            print(f"results: {', '.join(written)}")
-        if self._failures:
-            print(f"{PROGRAM}: {_count(self._failures, len(self._paths))} could not be read", file=sys.stderr)
+        _add_views(run, detector, options, window=options.show)
+        return run.execute()
 
 
-def _count(part: int, whole: int) -> str:
-    """Such as ``1 picture``, ``9 pictures`` or ``1 of 10 pictures``."""
-    number = f"{whole}" if part == whole else f"{part} of {whole}"
-    return f"{number} picture{'' if whole == 1 else 's'}"
+def _video_reader(options: argparse.Namespace) -> VideoReader:
+    """How video files are decoded."""
+    if options.nvdec:
+        from yolotrt.media.nvdec import read_video_on_gpu
+
+        return read_video_on_gpu
+    from yolotrt.media.video import read_video
+
+    return read_video
+
+
+def webcam(options: argparse.Namespace) -> int:
+    """Show what a camera sees (--webcam)."""
+    from yolotrt.detector import Detector
+    from yolotrt.media.run import Outputs, Run
+    from yolotrt.media.window import NO_DISPLAY_FOR_WEBCAM, has_display
+
+    if options.serve is None and not has_display():
+        raise OutputError(NO_DISPLAY_FOR_WEBCAM)
+    _check_detect_options(options)
+    with Detector(options.engine, **_detector_options(options)) as detector:
+        # -d records; the demo shows, and writes what it is asked for
+        outputs = Outputs(save_media=False, **_output_options(options))
+        run = Run(detector, [options.camera], outputs, span=_span(options), reconnect_s=options.reconnect)
+        _add_views(run, detector, options, window=options.show or options.serve is None)
+        return run.execute()
+
+
+def _detector_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What the detector is to be opened with."""
+    return {
+        "confidence": options.conf,
+        "iou": options.iou,
+        "max_detections": options.max_det,
+        "classes": options.classes,
+        "agnostic": options.agnostic_nms,
+        "threads": options.threads,
+    }
+
+
+def _output_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What is to be written, beside pictures and videos."""
+    return {
+        "folder": options.out,
+        "exist_ok": options.exist_ok,
+        "save_txt": options.save_txt,
+        "save_conf": options.save_conf,
+        "save_crops": options.save_crops,
+        "json": options.save_json,
+        "jsonl": options.save_jsonl,
+        "csv": options.save_csv,
+    }
+
+
+def _span(options: argparse.Namespace) -> Span:
+    """Which frames of videos to take."""
+    from yolotrt.media.frames import Span
+
+    return Span(options.stride, options.start, options.end)
+
+
+def _add_views(run: Run, detector: Detector, options: argparse.Namespace, *, window: bool) -> None:
+    """A window and a page, as asked for."""
+    if window:
+        from yolotrt.media.window import NO_DISPLAY, NO_DISPLAY_FOR_WEBCAM, Window
+
+        message = NO_DISPLAY if options.command is detect else NO_DISPLAY_FOR_WEBCAM
+        run.add_view(Window(detector, options.out, no_display=message))
+    if options.serve is not None:
+        from yolotrt.media.serve import LivePage
+
+        page = LivePage(options.serve, run.live.statuses if run.live is not None else list)
+        print(f"live picture: {page.url} (Ctrl-C ends)", flush=True)
+        run.add_view(page)
 
 
 def _default_sources() -> list[Path]:
@@ -465,6 +475,9 @@ def _default_sources() -> list[Path]:
 
 def _check_detect_options(options: argparse.Namespace) -> None:
     """Fail before the work rather than after it."""
+    from yolotrt.media.serve import parse_address
+    from yolotrt.media.window import NO_DISPLAY, has_display
+
     if options.engine == DEFAULT_ENGINE and not options.engine.exists():
         raise InputError(
             f"there is no {options.engine} here: build one with python -m yolotrt -s [--weights FILE], or use --engine"
@@ -473,19 +486,20 @@ def _check_detect_options(options: argparse.Namespace) -> None:
         raise InputError(f"--threads {options.threads} is out of range: choose at least 1")
     if options.save_conf and not options.save_txt:
         raise InputError("--save-conf adds to the files of --save-txt: give both")
-    if options.show:
-        _check_display()
+    if options.show and not has_display():
+        raise OutputError(NO_DISPLAY)
+    if options.reconnect < 0:
+        raise InputError(f"--reconnect {options.reconnect:g} is out of range: choose at least 0")
+    _span(options)
+    if options.serve is not None:
+        parse_address(options.serve)
     if options.out.exists() and not options.out.is_dir():
         raise OutputError(f"cannot write into {options.out}: it is no folder: choose another --out")
-    if options.save_json is not None and options.save_json.suffix.lower() != ".json":
-        raise OutputError(f"--save-json {options.save_json} is no .json file: name one")
-    _check_writable(options.save_json)
-
-
-def _check_display() -> None:
-    """Without a display OpenCV's window system ends the whole process."""
-    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        raise OutputError(NO_DISPLAY)
+    for kind in ("json", "jsonl", "csv"):
+        path = getattr(options, f"save_{kind}")
+        if path is not None and path.suffix.lower() != f".{kind}":
+            raise OutputError(f"--save-{kind} {path} is no .{kind} file: name one")
+        _check_writable(path)
 
 
 def _check_writable(path: Path | None) -> None:
@@ -501,21 +515,6 @@ def _check_writable(path: Path | None) -> None:
         raise OutputError(f"cannot write {path}: {folder} is not a writable folder: choose another place")
 
 
-def _show(path: Path, image: Image, detections: Detections) -> bool:
-    """Show a picture in a window and wait for a key; returns whether to go on."""
-    import cv2
-
-    from yolotrt.media.drawing import draw
-
-    try:
-        cv2.imshow(str(path), draw(image, detections))
-        key = cv2.waitKey(0)
-        cv2.destroyWindow(str(path))
-    except cv2.error as problem:
-        raise OutputError(NO_DISPLAY) from problem
-    return key not in QUIT_KEYS
-
-
 def info(options: argparse.Namespace) -> int:
     """Describe a file (--info)."""
     from yolotrt.info import describe
@@ -524,5 +523,10 @@ def info(options: argparse.Namespace) -> int:
     return 0
 
 
-_COMMAND_NAMES: dict[Callable[[argparse.Namespace], int], str] = {serialize: "-s", detect: "-d", info: "--info"}
+_COMMAND_NAMES: dict[Callable[[argparse.Namespace], int], str] = {
+    serialize: "-s",
+    detect: "-d",
+    webcam: "--webcam",
+    info: "--info",
+}
 """How each command is called."""

@@ -55,6 +55,10 @@ class ImageError(InputError):
     """A picture cannot be read."""
 
 
+class VideoError(InputError):
+    """A video, camera or stream cannot be read, or ends too early."""
+
+
 class OutputError(YolotrtError):
     """A result cannot be written."""
 

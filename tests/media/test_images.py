@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from yolotrt.errors import ImageError, OutputError
-from yolotrt.media.images import WRITABLE_SUFFIXES, _opencv_quiet, read_image, write_image
+from yolotrt.media.images import WRITABLE_SUFFIXES, opencv_quiet, read_image, write_image
 
 BLUE, GREEN, RED = 30, 120, 220
 
@@ -277,14 +277,14 @@ def test_opencv_log_level_is_restored_after_concurrent_use() -> None:
     inside, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with _opencv_quiet():
+        with opencv_quiet():
             inside.set()
             leave.wait(10)
 
     thread = threading.Thread(target=hold)
     thread.start()
     inside.wait(10)
-    with _opencv_quiet():
+    with opencv_quiet():
         assert log.getLogLevel() == 0
     assert log.getLogLevel() == 0  # the other thread still decodes
     leave.set()

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,9 +10,7 @@ from hypothesis import strategies as st
 
 from yolotrt.detections import Detections
 from yolotrt.errors import OutputError
-from yolotrt.media.drawing import draw
-from yolotrt.media.images import read_image, write_image
-from yolotrt.media.results import ImageSink, json_record, next_run_folder, write_json, yolo_txt
+from yolotrt.media.results import json_record, next_run_folder, yolo_txt
 
 NAMES = ("person", "Größe")
 HEIGHT, WIDTH = 100, 200
@@ -30,10 +26,6 @@ def found(*rows: tuple[float, float, float, float, float, int], size: tuple[int,
 
 ONE = found((20, 10, 60, 90, 0.87654321, 1))
 PICTURE = np.full((HEIGHT, WIDTH, 3), 90, np.uint8)
-
-
-def sink(folder: Path, *, save_images: bool = True, save_txt: bool = True, with_confidence: bool = False) -> ImageSink:
-    return ImageSink(folder, save_images=save_images, save_txt=save_txt, with_confidence=with_confidence)
 
 
 def files(folder: Path) -> list[str]:
@@ -95,125 +87,13 @@ def test_labels_equal_those_of_yolov5(golden: Path) -> None:
 # --- JSON ---
 
 
-def test_json_has_the_documented_form(tmp_path: Path) -> None:
-    target = tmp_path / "new" / "results.json"
-    empty = Detections.empty(NAMES, (5, 7))
-    write_json(target, [json_record(Path("a/Größe.jpg"), ONE), json_record(Path("b.png"), empty)])
-    assert json.loads(target.read_text(encoding="utf-8")) == [
-        {
-            "image": str(Path("a/Größe.jpg")),
-            "width": WIDTH,
-            "height": HEIGHT,
-            "detections": [{"class_id": 1, "name": "Größe", "confidence": 0.87654, "xyxy": [20.0, 10.0, 60.0, 90.0]}],
-        },
-        {"image": "b.png", "width": 7, "height": 5, "detections": []},
-    ]
-    assert len(target.read_text(encoding="utf-8").splitlines()) == 4  # one picture a line
-    assert files(tmp_path) == ["new/results.json"]
-
-
 def test_json_numbers_are_rounded() -> None:
     record = json_record(Path("a.jpg"), found((1 / 3, 2 / 3, 100 / 7, 99.999, 1 / 3, 0)))
     assert record["detections"][0]["confidence"] == 0.33333
     assert record["detections"][0]["xyxy"] == [0.33, 0.67, 14.29, 100.0]
 
 
-def test_json_of_no_pictures_is_an_empty_array(tmp_path: Path) -> None:
-    write_json(tmp_path / "r.json", [])
-    assert json.loads((tmp_path / "r.json").read_text()) == []
-
-
-def test_json_can_name_any_file(tmp_path: Path) -> None:
-    write_json(tmp_path / "r.json", [json_record(Path("not utf-8 \udcff.jpg"), found())])
-    assert json.loads((tmp_path / "r.json").read_text())[0]["image"] == "not utf-8 \udcff.jpg"
-
-
-def test_json_never_holds_nan_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        write_json(tmp_path / "r.json", [json_record(Path("a.jpg"), found((math.nan, 0, 1, 1, 0.5, 0)))])
-    assert files(tmp_path) == []
-
-
 # --- the folder of results ---
-
-
-@pytest.mark.parametrize(
-    ("save_images", "save_txt", "expected"),
-    [
-        (True, True, ["labels/one.txt", "none.png", "one.png"]),
-        (True, False, ["none.png", "one.png"]),
-        (False, True, ["labels/one.txt"]),
-        (False, False, []),
-    ],
-)
-def test_only_what_was_asked_for_is_written(
-    tmp_path: Path, save_images: bool, save_txt: bool, expected: list[str]
-) -> None:
-    results = sink(tmp_path / "out", save_images=save_images, save_txt=save_txt, with_confidence=True)
-    results.write(Path("in/one.png"), PICTURE, ONE)
-    results.write(Path("in/none.png"), PICTURE, found())  # nothing found: no label file, as in YOLOv5
-    assert files(tmp_path / "out") == expected
-    if save_images:
-        np.testing.assert_array_equal(read_image(tmp_path / "out" / "one.png"), draw(PICTURE, ONE))
-    if save_txt:
-        assert (tmp_path / "out" / "labels" / "one.txt").read_text() == "1 0.2 0.5 0.2 0.8 0.876543\n"
-
-
-def test_confidence_is_written_only_if_asked_for(tmp_path: Path) -> None:
-    sink(tmp_path, with_confidence=False).write(Path("one.png"), PICTURE, ONE)
-    assert (tmp_path / "labels" / "one.txt").read_text() == "1 0.2 0.5 0.2 0.8\n"
-
-
-def test_equal_names_are_numbered(tmp_path: Path) -> None:
-    results = sink(tmp_path)
-    for source in ("a/x.jpg", "b/x.jpg", "c/x.png", "x_2.jpg", "d/X.JPG"):
-        results.write(Path(source), PICTURE, ONE)
-    pictures = ["x.jpg", "x_2.jpg", "x_3.png", "x_2_2.jpg", "X_4.JPG"]
-    labels = [f"labels/{Path(name).stem}.txt" for name in pictures]
-    assert files(tmp_path) == sorted(pictures + labels)
-
-
-@pytest.mark.parametrize(
-    ("source", "written"),
-    [
-        ("x.JPG", "x.JPG"),
-        ("x.webp", "x.webp"),
-        ("x.tif", "x.tif"),
-        ("x.jp2", "x.jpg"),
-        ("x.pgm", "x.jpg"),
-        ("x.raw", "x.jpg"),
-        ("x", "x.jpg"),
-        ("a.b.png", "a.b.png"),
-        (".jpg", ".jpg.jpg"),
-    ],
-)
-def test_a_format_that_cannot_be_written_becomes_jpeg(tmp_path: Path, source: str, written: str) -> None:
-    sink(tmp_path, save_txt=False).write(Path(source), PICTURE, ONE)
-    assert files(tmp_path) == [written]
-    assert read_image(tmp_path / written).shape == PICTURE.shape
-
-
-@pytest.mark.parametrize("out", ["in", "in/../in", "link"])
-def test_the_source_is_never_replaced(tmp_path: Path, out: str) -> None:
-    source = tmp_path / "in" / "x.png"
-    write_image(source, PICTURE)
-    (tmp_path / "link").symlink_to(tmp_path / "in")
-    before = source.read_bytes()
-    with pytest.raises(OutputError, match=r"x\.png: it is the source picture: choose another output folder"):
-        sink(tmp_path / out).write(source, PICTURE, ONE)
-    assert source.read_bytes() == before
-    assert files(tmp_path / "in") == ["x.png"]
-    sink(tmp_path / out, save_images=False).write(source, PICTURE, ONE)  # labels alone are no danger
-    assert files(tmp_path / "in") == ["labels/x.txt", "x.png"]
-
-
-def test_an_unwritable_folder_is_an_output_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"x")
-    with pytest.raises(OutputError, match="cannot write"):
-        sink(tmp_path / "file").write(Path("x.png"), PICTURE, ONE)
-
-
-# --- the run's folder ---
 
 
 def test_runs_are_counted_as_in_yolov5(tmp_path: Path) -> None:

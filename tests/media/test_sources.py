@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from yolotrt.errors import InputError
-from yolotrt.media.sources import PICTURE_SUFFIXES, expand_sources
+from yolotrt.media.sources import MEDIA_SUFFIXES, expand_sources, is_video, source_name
 
 
 @pytest.fixture
@@ -24,8 +24,8 @@ def touch(*names: str) -> None:
         path.write_bytes(b"x")
 
 
-def names(paths: list[Path]) -> list[str]:
-    return [path.as_posix() for path in paths]
+def names(sources: list[Path | str]) -> list[str]:
+    return [source if isinstance(source, str) else source.as_posix() for source in sources]
 
 
 FILES = (
@@ -42,21 +42,27 @@ FILES = (
         # A bare string is one source, not its characters.
         ("a/2.jpg", ["a/2.jpg"]),
         (["data.raw"], ["data.raw"]),
-        (["a"], ["a/1.PNG", "a/2.jpg", "a/10.jpg"]),
-        (["a/"], ["a/1.PNG", "a/2.jpg", "a/10.jpg"]),
+        (["a"], ["a/1.PNG", "a/2.jpg", "a/10.jpg", "a/clip.mp4"]),
+        (["a/"], ["a/1.PNG", "a/2.jpg", "a/10.jpg", "a/clip.mp4"]),
         (["a/*.jpg"], ["a/2.jpg", "a/10.jpg"]),
-        (["a/*"], ["a/1.PNG", "a/2.jpg", "a/10.jpg"]),
+        (["a/*"], ["a/1.PNG", "a/2.jpg", "a/10.jpg", "a/clip.mp4"]),
         (["a/?.jpg"], ["a/2.jpg"]),
         (["a/[0-9].*"], ["a/1.PNG", "a/2.jpg"]),
         (["a/**/*.jpg"], ["a/2.jpg", "a/10.jpg", "a/deep/3.jpg", "a/deep/er/4.jpg"]),
-        (["a/**"], ["a/1.PNG", "a/2.jpg", "a/10.jpg", "a/deep/3.jpg", "a/deep/er/4.jpg"]),
+        (["a/**"], ["a/1.PNG", "a/2.jpg", "a/10.jpg", "a/clip.mp4", "a/deep/3.jpg", "a/deep/er/4.jpg"]),
         # A file of that very name goes before the pattern, which would match odd1.jpg and both x?y.jpg.
         (["odd[1].jpg"], ["odd[1].jpg"]),
         (["x*y.jpg"], ["x*y.jpg"]),
         (["odd[1].j*g"], ["odd1.jpg"]),
         (["b", "a/2.jpg", "b/2.jpg"], ["b/2.jpg", "a/2.jpg"]),
-        (["a/10.jpg", "a", "a/../a/2.jpg"], ["a/10.jpg", "a/1.PNG", "a/2.jpg"]),
+        (["a/10.jpg", "a", "a/../a/2.jpg"], ["a/10.jpg", "a/1.PNG", "a/2.jpg", "a/clip.mp4"]),
         (["./a/2.jpg", "a/2.jpg"], ["a/2.jpg"]),
+        # Cameras and streams stay text; a video file on the web is a file.
+        (["0", "/dev/video3", "rtsp://u:p@host:554/live?a=1"], ["0", "/dev/video3", "rtsp://u:p@host:554/live?a=1"]),
+        (["http://host/live.m3u8", "https://host/live.ts"], ["http://host/live.m3u8", "https://host/live.ts"]),
+        (["https://host/a/clip.mp4?key=1"], ["https:/host/a/clip.mp4?key=1"]),
+        ([Path("rtsp://host/live")], ["rtsp://host/live"]),
+        (["a/*.mp4", "0", "0"], ["a/clip.mp4", "0"]),
     ],
 )
 def test_sources_become_files(home: Path, sources: list[str | Path], expected: list[str]) -> None:
@@ -80,13 +86,13 @@ def test_a_file_that_begins_with_a_tilde_is_found(home: Path) -> None:
 def test_natural_order_compares_numbers_by_value(home: Path) -> None:
     ordered = ["a.jpg", "B.jpg", "frame 01.jpg", "frame 1.jpg", "frame 2.jpg", "frame 10 a9.jpg", "frame 10 a10.jpg"]
     touch(*(f"f/{name}" for name in reversed(ordered)), "f/7.jpg")
-    assert [path.name for path in expand_sources(["f"])] == ["7.jpg", *ordered]
+    assert [Path(path).name for path in expand_sources(["f"])] == ["7.jpg", *ordered]
 
 
-@pytest.mark.parametrize("suffix", PICTURE_SUFFIXES)
+@pytest.mark.parametrize("suffix", MEDIA_SUFFIXES)
 def test_every_suffix_is_found_in_a_folder_in_any_case(home: Path, suffix: str) -> None:
     touch(f"f/small{suffix}", f"f/UPPER{suffix.upper()}")
-    assert [path.stem for path in expand_sources(["f"])] == ["small", "UPPER"]
+    assert [Path(path).stem for path in expand_sources(["f"])] == ["small", "UPPER"]
 
 
 def test_links_to_one_picture_count_apart_but_linked_folders_do_not(home: Path) -> None:
@@ -118,16 +124,16 @@ def test_a_list_names_files_beside_it_or_in_the_current_folder(home: Path, newli
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", r"list list\.txt names no picture: write one path a line"),
-        (b"# nothing\n\n", r"list list\.txt names no picture"),
+        (b"", r"list list\.txt names no source: write one a line"),
+        (b"# nothing\n\n", r"list list\.txt names no source"),
         (
             b"1.jpg\n\nnone.jpg\n# c\nno.png",
             r"do not exist, line 3 \(none\.jpg\), line 5 \(no\.png\): correct the list",
         ),
         (b"\n".join(b"n%d.jpg" % i for i in range(9)), r"line 5 \(n4\.jpg\) and 4 more: correct"),
         (b"1.jpg\nfolder\n", r"line 2 \(folder\)"),
-        (b"1.jpg\nclip.mp4\n", r"line 2: clip\.mp4 is a video, this version reads pictures only: "),
-        (b"1.jpg\nhttp://host/a.jpg\n", r"line 2: http://host/a\.jpg is a stream or URL"),
+        (b"1.jpg\ngone.mp4\n", r"line 2 \(gone\.mp4\)"),
+        (b"1.jpg\nhttp://host/a.jpg\n", r"line 2: source http://host/a\.jpg is a picture on the web: download it"),
         (b"1.jpg\n\xff\xfe\n", r"list list\.txt is not UTF-8 text: save it as UTF-8"),
         (b"a\0b.jpg\n", r"list\.txt"),
     ],
@@ -146,22 +152,19 @@ def test_a_wrong_list_is_refused(home: Path, content: bytes, message: str) -> No
         ([""], "a source is empty: name"),
         (["a/2.jpg", "none.jpg"], r"source none\.jpg does not exist: check the path"),
         (["a/2.jpg/below"], r"source a/2\.jpg/below does not exist|cannot be opened"),
-        (["empty"], r"folder empty holds no picture: name one with files of .*\.jpg"),
-        (["a/*.gif"], r"no picture matches a/\*\.gif: check the pattern; suffixes are .*\.jpg"),
-        (["none/**/*.jpg"], r"no picture matches none/\*\*/\*\.jpg"),
-        (["rtsp://host:554/live"], r"rtsp://host:554/live is a stream or URL, this version reads pictures only: "),
-        ([Path("https://host/a.jpg")], r"is a stream or URL, this version reads pictures only: "),
-        (["0"], r"source 0 is a camera index, this version reads pictures only: .*\./0"),
-        (["a/clip.mp4"], r"source a/clip\.mp4 is a video, this version reads pictures only: "),
-        (["a/*.mp4"], r"a/\*\.mp4 is a video, this version reads pictures only: "),
-        (["gone.AVI"], r"gone\.AVI is a video"),
+        (["empty"], r"folder empty holds no picture or video: name one with files of .*\.jpg"),
+        (["a/*.gif"], r"no picture or video matches a/\*\.gif: check the pattern; suffixes are .*\.jpg"),
+        (["none/**/*.jpg"], r"no picture or video matches none/\*\*/\*\.jpg"),
+        ([Path("https://host/a.jpg")], r"source https://host/a\.jpg is a picture on the web: download it first"),
+        (["a/*.webm"], r"no picture or video matches a/\*\.webm: check the pattern"),
+        (["gone.AVI"], r"source gone\.AVI does not exist: check the path"),
         (["a\0b"], r"cannot be opened .*: check the path|does not exist: check the path"),
         (["x" * 5000 + ".jpg"], r"cannot be opened .*: check the path"),
         (["~nobody-of-that-name/a.jpg"], r"cannot be opened .*: check the path"),
     ],
 )
 def test_a_wrong_source_is_refused_in_one_line(home: Path, sources: list[str | Path], message: str) -> None:
-    touch(*FILES, "empty/notes.md", "empty/.hidden.jpg", "empty/deep/1.jpg", "empty/clip.mp4")
+    touch(*FILES, "empty/notes.md", "empty/.hidden.jpg", "empty/deep/1.jpg")
     with pytest.raises(InputError, match=message) as caught:
         expand_sources(sources)
     assert "\n" not in str(caught.value)
@@ -170,3 +173,17 @@ def test_a_wrong_source_is_refused_in_one_line(home: Path, sources: list[str | P
 def test_a_folder_may_be_named_like_a_video_or_a_camera(home: Path) -> None:
     touch("frames.mp4/1.jpg", "0/2.jpg")
     assert names(expand_sources(["frames.mp4", "./0"])) == ["frames.mp4/1.jpg", "0/2.jpg"]
+
+
+def test_a_list_may_name_cameras_streams_and_videos(home: Path) -> None:
+    touch("clip.mp4")
+    Path("list.txt").write_text("0\nrtsp://host/live\nclip.mp4\n/dev/video1\n")
+    assert names(expand_sources(["list.txt"])) == ["0", "rtsp://host/live", "clip.mp4", "/dev/video1"]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"), [("a.mp4", True), ("A.MKV", True), ("a.jpg", False), ("https://host/a.mp4?b", True)]
+)
+def test_a_video_is_known_by_its_name(source: str, expected: bool) -> None:
+    assert is_video(Path(source)) is expected
+    assert source_name(Path(source)) == source

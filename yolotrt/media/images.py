@@ -55,7 +55,7 @@ def read_image(path: Path) -> npt.NDArray[np.uint8]:
     if _is_cut_off(data):
         raise ImageError(f"picture {path} is truncated, its end is missing: copy or download it again")
     try:
-        with _opencv_quiet():
+        with opencv_quiet():
             image: Any = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except (cv2.error, MemoryError) as problem:
         raise ImageError(_decode_failure(path, problem)) from problem
@@ -81,7 +81,7 @@ def write_image(path: Path, image: npt.NDArray[np.uint8]) -> None:
     if suffix not in WRITABLE_SUFFIXES:
         raise OutputError(f"cannot write picture {path}: name it with one of {' '.join(WRITABLE_SUFFIXES)}")
     try:
-        with _opencv_quiet():
+        with opencv_quiet():
             encoded, data = cv2.imencode(suffix, image, _ENCODE_OPTIONS)
     except cv2.error as problem:  # OpenCV 4 raises where OpenCV 5 returns False
         raise OutputError(_encode_failure(path, image)) from problem
@@ -161,7 +161,7 @@ _quiet_saved_level = 0
 
 
 @contextlib.contextmanager
-def _opencv_quiet() -> Iterator[None]:
+def opencv_quiet() -> Iterator[None]:
     """Keep OpenCV's own log off stderr. Its level is one per process, so the last thread out restores it.
 
     Lines that libpng and libjpeg print themselves remain.

@@ -1,4 +1,4 @@
-"""What the user names on the command line, as a list of picture files."""
+"""What the user names on the command line, as a list of picture files, video files, cameras and streams."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import glob
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from yolotrt.errors import InputError
 
@@ -15,30 +16,38 @@ PICTURE_SUFFIXES = (
 """File name endings that make a file in a folder, or one that a glob matches, a picture."""
 
 VIDEO_SUFFIXES = (
-    ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv",
+    ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv",
 )  # fmt: skip
-"""File name endings of moving pictures."""
+"""File name endings that make a file a video."""
+
+MEDIA_SUFFIXES = (*PICTURE_SUFFIXES, *VIDEO_SUFFIXES)
 
 MODEL_SUFFIXES = (".pt", ".pth", ".wts", ".safetensors", ".onnx", ".engine", ".plan")
 """File name endings of models, which some people pass as a source."""
 
 _LISTED_PROBLEMS = 5
+_FILE_URL_SUFFIXES = tuple(suffix for suffix in VIDEO_SUFFIXES if suffix != ".ts")
+"""What ends a web address of a file; ``.ts`` may be a stream without an end."""
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one slash: pathlib has already merged the two of a URL in a Path
+_CAMERA_DEVICE = re.compile(r"/dev/video\d+")
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")
 _DIGITS = re.compile(r"(\d+)")
 
 
-def expand_sources(sources: Sequence[str | Path]) -> list[Path]:
-    """Turn sources into picture files, each once, in the order given.
+def expand_sources(sources: Sequence[str | Path]) -> list[Path | str]:
+    """Turn sources into files, cameras and streams, each once, in the order given.
 
     A source is
 
-    - a picture file; one with an unknown suffix is taken at its word,
-    - a folder: its pictures in natural order (2.jpg before 10.jpg), without those of its subfolders and hidden ones,
+    - a picture or video file; one with an unknown suffix is taken for a picture,
+    - a folder: its pictures and videos in natural order (2.jpg before 10.jpg), without those of its subfolders and
+      hidden ones,
     - a glob such as ``a/*.jpg`` or ``a/**/*.png`` (recursive), in natural order; an existing file of that very name
       goes first,
-    - a ``.txt`` list in UTF-8: one path a line, relative to the list's folder or else to the current one; blank lines
-      and lines that begin with ``#`` are skipped.
+    - a camera, by its number or device: ``0``, ``/dev/video0``,
+    - a URL: a stream such as ``rtsp://host/live``, or a video file on the web, ``https://host/clip.mp4``,
+    - a ``.txt`` list in UTF-8: one of these a line, paths relative to the list's folder or else to the current one;
+      blank lines and lines that begin with ``#`` are skipped.
 
     A leading ``~`` is the home folder.
 
@@ -46,30 +55,51 @@ def expand_sources(sources: Sequence[str | Path]) -> list[Path]:
         sources: Sources as typed.
 
     Returns:
-        Existing files. Whether they hold pictures shows when they are read.
+        Files, which exist or are web addresses, as paths; cameras and streams as text. Whether they hold pictures shows
+        when they are read.
 
     Raises:
-        InputError: if a source does not exist, yields no picture, or is a video, stream or camera.
+        InputError: if a source does not exist or yields nothing.
     """
     given = [sources] if isinstance(sources, str | Path) else list(sources)
     if not given:
-        raise InputError("no source given: name a picture, a folder, a glob or a .txt list")
-    unique: dict[Path, Path] = {}
+        raise InputError("no source given: name a picture, a video, a folder, a glob, a .txt list, a camera or a URL")
+    unique: dict[Path | str, Path | str] = {}
     for source in given:
-        for picture in _expand(source):
+        for item in _expand(source):
             # The folder is resolved but not the file: two links to one picture are two pictures, as their names differ.
-            unique.setdefault(picture.parent.resolve() / picture.name, picture)
+            unique.setdefault(item if isinstance(item, str) else item.parent.resolve() / item.name, item)
     return list(unique.values())
 
 
-def _expand(source: str | Path) -> list[Path]:
-    """The picture files of one source."""
-    _refuse_stream(source)
+def is_video(path: Path) -> bool:
+    """Whether a file's name is that of a video; of what is on the web only videos are files."""
+    return path.suffix.lower() in VIDEO_SUFFIXES or is_url(path)
+
+
+def is_url(path: Path) -> bool:
+    """Whether the path is a web address."""
+    return _URL.match(str(path)) is not None
+
+
+def source_name(path: Path) -> str:
+    """The source as typed; pathlib merges the two slashes of a URL."""
+    scheme, _, rest = str(path).partition(":/")
+    return f"{scheme}://{rest.lstrip('/')}" if is_url(path) else str(path)
+
+
+def _expand(source: str | Path) -> Sequence[Path | str]:
+    """The files, cameras and streams of one source."""
+    text = str(source)
+    if not text.strip():
+        raise InputError("a source is empty: name a picture, a video, a folder, a glob, a .txt list, a camera or a URL")
+    beyond = _beyond_the_disk(text) if isinstance(source, str) else _url(text)
+    if beyond is not None:
+        return [beyond]
     try:
         path = _home_expanded(Path(source))
         if path.is_dir():
             return _folder(path)
-        _refuse_video(path, f"source {path}")
         if path.suffix.lower() in MODEL_SUFFIXES and path.is_file():
             raise InputError(f"source {path} is a model, not a picture: build with -s --weights, detect with --engine")
         if path.exists():
@@ -78,8 +108,28 @@ def _expand(source: str | Path) -> list[Path]:
             return _glob(path)
     except (OSError, ValueError, RuntimeError) as problem:  # no permission, a null byte, a home that is unknown
         reason = getattr(problem, "strerror", None) or problem
-        raise InputError(f"source {str(source)[:200]!r} cannot be opened ({reason}): check the path") from problem
+        raise InputError(f"source {text[:200]!r} cannot be opened ({reason}): check the path") from problem
     raise InputError(f"source {path} does not exist: check the path")
+
+
+def _beyond_the_disk(text: str) -> Path | str | None:
+    """A camera or URL, or None if it is a name on the disk."""
+    return text if text.isdecimal() or _CAMERA_DEVICE.fullmatch(text) else _url(text)
+
+
+def _url(text: str) -> Path | str | None:
+    """A URL: of a video file as a path, of a stream as text; None if it is none.
+
+    Raises:
+        InputError: if it is one of a picture.
+    """
+    if not _URL.match(text):
+        return None
+    url = source_name(Path(text)) if "://" not in text else text
+    ending = Path(urlsplit(url).path).suffix.lower()
+    if ending in PICTURE_SUFFIXES:
+        raise InputError(f"source {url} is a picture on the web: download it first")
+    return Path(url) if url.lower().startswith("http") and ending in _FILE_URL_SUFFIXES else url
 
 
 def _home_expanded(path: Path) -> Path:
@@ -87,45 +137,30 @@ def _home_expanded(path: Path) -> Path:
     return path if path.exists() else path.expanduser()
 
 
-def _refuse_stream(source: str | Path) -> None:
-    """Raise if the source is nothing on a disk."""
-    text = str(source)
-    if not text.strip():
-        raise InputError("a source is empty: name a picture, a folder, a glob or a .txt list")
-    if _URL.match(text):
-        raise InputError(f"source {text} is a stream or URL, this version reads pictures only: download it first")
-    if isinstance(source, str) and text.isdecimal():
-        raise InputError(
-            f"source {text} is a camera index, this version reads pictures only: name a picture, or ./{text} for a path"
-        )
-
-
-def _refuse_video(path: Path, what: str) -> None:
-    """Raise if the name is that of a video."""
-    if path.suffix.lower() in VIDEO_SUFFIXES:
-        raise InputError(f"{what} is a video, this version reads pictures only: extract its frames as pictures")
-
-
 def _folder(folder: Path) -> list[Path]:
-    """The folder's own pictures."""
-    pictures = _pictures(path for path in folder.iterdir() if not path.name.startswith("."))
-    if not pictures:
-        raise InputError(f"folder {folder} holds no picture: name one with files of {' '.join(PICTURE_SUFFIXES)}")
-    return pictures
+    """The folder's own pictures and videos."""
+    found = _media(path for path in folder.iterdir() if not path.name.startswith("."))
+    if not found:
+        raise InputError(
+            f"folder {folder} holds no picture or video: name one with files of {' '.join(MEDIA_SUFFIXES)}"
+        )
+    return found
 
 
 def _glob(pattern: Path) -> list[Path]:
-    """The pictures that the pattern matches. Path.glob would need a start folder and matches hidden files."""
-    pictures = _pictures(Path(name) for name in glob.glob(str(pattern), recursive=True))  # noqa: PTH207
-    if not pictures:
-        raise InputError(f"no picture matches {pattern}: check the pattern; suffixes are {' '.join(PICTURE_SUFFIXES)}")
-    return pictures
+    """What the pattern matches. Path.glob would need a start folder and matches hidden files."""
+    found = _media(Path(name) for name in glob.glob(str(pattern), recursive=True))  # noqa: PTH207
+    if not found:
+        raise InputError(
+            f"no picture or video matches {pattern}: check the pattern; suffixes are {' '.join(MEDIA_SUFFIXES)}"
+        )
+    return found
 
 
-def _pictures(paths: Iterable[Path]) -> list[Path]:
-    """Those that are files with a picture's suffix, in natural order."""
-    pictures = (path for path in paths if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
-    return sorted(pictures, key=_natural_key)
+def _media(paths: Iterable[Path]) -> list[Path]:
+    """Those that are files with a picture's or video's suffix, in natural order."""
+    found = (path for path in paths if path.suffix.lower() in MEDIA_SUFFIXES and path.is_file())
+    return sorted(found, key=_natural_key)
 
 
 def _natural_key(path: Path) -> tuple[list[list[str | int]], str]:
@@ -137,8 +172,8 @@ def _natural_key(path: Path) -> tuple[list[list[str | int]], str]:
     ], str(path)
 
 
-def _list(path: Path) -> list[Path]:
-    """The pictures that a text file lists."""
+def _list(path: Path) -> list[Path | str]:
+    """What a text file lists."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as problem:
@@ -146,8 +181,8 @@ def _list(path: Path) -> list[Path]:
     entries = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
     entries = [(number, entry) for number, entry in entries if entry and not entry.startswith("#")]
     if not entries:
-        raise InputError(f"list {path} names no picture: write one path a line")
-    found = [(number, entry, _listed_file(path, number, entry)) for number, entry in entries]
+        raise InputError(f"list {path} names no source: write one a line")
+    found = [(number, entry, _listed(path, number, entry)) for number, entry in entries]
     missing = [f"line {number} ({entry[:200]})" for number, entry, file in found if file is None]
     if missing:
         shown = ", ".join(missing[:_LISTED_PROBLEMS])
@@ -156,12 +191,14 @@ def _list(path: Path) -> list[Path]:
     return [file for _, _, file in found if file is not None]
 
 
-def _listed_file(list_path: Path, number: int, entry: str) -> Path | None:
-    """The file of one line, or None if it does not exist."""
-    what = f"list {list_path}, line {number}: {entry}"
-    if _URL.match(entry):
-        raise InputError(f"{what} is a stream or URL, this version reads pictures only: download it first")
-    _refuse_video(Path(entry), what)
+def _listed(list_path: Path, number: int, entry: str) -> Path | str | None:
+    """The source of one line, or None if it is a file that does not exist."""
+    try:
+        beyond = _beyond_the_disk(entry)
+    except InputError as error:
+        raise InputError(f"list {list_path}, line {number}: {error}") from error
+    if beyond is not None:
+        return beyond
     path = _home_expanded(Path(entry))
     for candidate in (list_path.parent / path, path):
         if candidate.is_file():
