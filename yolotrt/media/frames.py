@@ -52,6 +52,7 @@ class Clip:
         width: Likewise.
         rate: Frames a second: the declared ones, by the stride.
         time_base: Unit of `Frame.pts` in seconds.
+        origin_s: Time that the file gives its first frame, in seconds; that of its sound counts from the same zero.
         audio: The file whose sound belongs to it, or None.
         is_live: Whether it is a camera or stream.
         colors: Of the source's YUV values.
@@ -64,6 +65,7 @@ class Clip:
     width: int
     rate: Fraction
     time_base: Fraction
+    origin_s: float = 0.0
     audio: Path | None = None
     is_live: bool = False
     colors: ColorTags = ColorTags()

@@ -103,6 +103,7 @@ class _VideoFile:
     def __init__(self, path: Path) -> None:
         self._av = load_pyav()
         self._path = path
+        self._origin: int | None = None
         try:
             self._container = self._av.open(source_name(path), timeout=_READ_TIMEOUT_S)
         except (self._av.FFmpegError, OSError) as problem:
@@ -166,21 +167,28 @@ class _VideoFile:
     def _decoded(self, span: Span, damage: Damage) -> Iterator[tuple[Any, int]]:
         """Decoded frames and their times from the source's first frame; damaged packets are passed over."""
         stream = self._stream
-        origin = stream.start_time or 0
         if span.start_s > 0:
-            with contextlib.suppress(self._av.FFmpegError):  # what cannot seek is read from its beginning
-                self._container.seek(origin + int(span.start_s / stream.time_base), stream=stream, backward=True)
+            self._seek(span.start_s)
         last = -1
         step = max(1, round(1 / (declared_rate(stream) * stream.time_base)))
         for packet in self._packets(damage):
             try:
                 for raw in packet.decode():
-                    pts = last + step if raw.pts is None else raw.pts - origin
+                    if self._origin is None:
+                        self._origin = raw.pts or 0
+                    pts = last + step if raw.pts is None else raw.pts - self._origin
                     last = max(pts, last + 1)  # some files repeat times
                     yield raw, last
             except self._av.FFmpegError as problem:
                 log.info("%s: a packet cannot be decoded: %s", self._path, reason(problem))
                 damage.packets += 1
+
+    def _seek(self, start_s: float) -> None:
+        """Go to the key frame before a time, which counts from the first frame."""
+        with contextlib.suppress(self._av.FFmpegError):  # what cannot seek is read from its beginning
+            self._origin = next((raw.pts or 0 for raw in self._container.decode(self._stream)), 0)
+            target = self._origin + int(start_s / self._stream.time_base)
+            self._container.seek(target, stream=self._stream, backward=True)
 
     def _packets(self, damage: Damage) -> Iterator[Any]:
         """The stream's packets; one that cannot be read ends them."""
@@ -203,6 +211,7 @@ class _VideoFile:
             width,
             rate=declared_rate(self._stream) / span.stride,
             time_base=Fraction(self._stream.time_base),
+            origin_s=float((self._origin or 0) * self._stream.time_base),
             audio=self._path if has_audio else None,
             colors=ColorTags(int(context.colorspace), int(context.color_primaries), int(context.color_trc)),
             sample_aspect_ratio=_upright_aspect(raw, context.sample_aspect_ratio),
@@ -284,7 +293,7 @@ def _read_with_opencv(path: Path, allocate: Allocate, span: Span) -> Iterator[Fr
         rate = sensible_rate(capture.get(cv2.CAP_PROP_FPS))
         clip: Clip | None = None
         for index in range(2**63):
-            if (span.end_s is not None and index / rate >= span.end_s) or not capture.grab():
+            if (span.end_s is not None and float(index / rate) >= span.end_s) or not capture.grab():
                 break
             skipped = index - math.ceil(span.start_s * rate)
             if skipped < 0 or skipped % span.stride:

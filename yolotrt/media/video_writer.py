@@ -26,7 +26,9 @@ _H264_ENCODERS = ("libx264", "libopenh264")
 # veryfast takes a fifth of medium's time for about a tenth more bytes. Without B-frames times start at 0, which the
 # header of a fragmented file, written before the first frame, could not correct.
 _X264_OPTIONS = {"preset": "veryfast", "crf": "20", "bf": "0"}
-_MP4_OPTIONS = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+_MP4_OPTIONS = {"movflags": "frag_keyframe+empty_moov+delay_moov+default_base_moof"}
+_PLAYABLE_SOUND = ("aac", "mp3", "opus", "flac")
+"""What browsers play inside MP4."""
 _LIMITED_RANGE = 1
 _BOX_HEADER = 8
 
@@ -35,7 +37,7 @@ class VideoWriter:
     """Writes the frames of one clip, at their own times, with the clip's sound.
 
     Frames have the source's size; one whose height or width is odd gets a row or column repeated, as H.264 with 4:2:0
-    needs. Sound is copied, not encoded again; what MP4 cannot hold is left out with a warning.
+    needs. Sound that browsers play in MP4 is copied, other sound becomes AAC.
 
     Args:
         path: The file, which ends with ``.mp4``. It exists once its first second is written.
@@ -54,7 +56,7 @@ class VideoWriter:
         self._file = WholeFragments(path)
         self._container = self._av.open(self._file, "w", format="mp4", options=_MP4_OPTIONS)
         self._stream = self._make_stream()
-        self._audio = _AudioCopy.open(self._av, clip, self._container) if clip.audio is not None else None
+        self._audio = _Sound.open(self._av, clip, self._container) if clip.audio is not None else None
 
     def write(self, frame: Frame, drawn: Image) -> None:
         """Append a frame.
@@ -216,58 +218,70 @@ def _complete_length(data: bytearray) -> int:
     return complete
 
 
-class _AudioCopy:
-    """The sound of a video file, copied packet by packet beside the frames."""
+class _Sound:
+    """The sound of a video file, written beside the frames: as it is where browsers play that in MP4, else as AAC."""
 
-    def __init__(self, source: Any, stream: Any, copy: Any) -> None:
+    def __init__(self, av: Any, source: Any, target: Any, origin_s: float) -> None:
         self._source = source
-        self._copy = copy
-        self._time_base = stream.time_base
-        self._origin = stream.start_time or 0
-        self._packets = (packet for packet in source.demux(stream) if packet.dts is not None)
+        self._origin_s = origin_s
         self._waiting: Any = None
+        stream = source.streams.audio[0]
+        codec = stream.codec_context
+        if codec.name in _PLAYABLE_SOUND and (codec.name != "aac" or codec.extradata):
+            self._stream = target.add_stream_from_template(stream)
+            self._packets: Iterator[Any] = (packet for packet in source.demux(stream) if packet.dts is not None)
+        else:  # also AAC whose packets have headers of their own (ADTS), as in MPEG-TS
+            self._stream = target.add_stream(
+                "aac", rate=codec.sample_rate, layout="mono" if codec.channels == 1 else "stereo"
+            )
+            self._packets = _encoded(av, source, stream, self._stream)
 
     @classmethod
-    def open(cls, av: Any, clip: Clip, target: Any) -> _AudioCopy | None:
-        """The copy, or None with a warning if MP4 cannot hold this sound."""
+    def open(cls, av: Any, clip: Clip, target: Any) -> _Sound | None:
+        """The clip's sound, or None, with a warning, if it cannot be written."""
         assert clip.audio is not None
         source = av.open(source_name(clip.audio))
-        stream = source.streams.audio[0]
-        codec = "unknown" if stream.codec_context is None else stream.codec_context.name
-        if codec in target.supported_codecs and stream.codec_context is not None:
-            try:
-                return cls(source, stream, target.add_stream_from_template(stream))
-            except (av.FFmpegError, ValueError) as problem:
-                log.info("%s: %s", clip.audio, problem)
-        log.warning("%s: its sound (%s) does not fit into MP4: the result has none", clip.audio, codec)
-        source.close()
-        return None
+        try:
+            return cls(av, source, target, clip.origin_s)
+        except (av.FFmpegError, AttributeError, ValueError) as problem:  # an unknown codec has no context
+            log.warning("%s: its sound cannot be copied (%s): the result has none", clip.audio, problem)
+            source.close()
+            return None
 
     def copy(self, first_s: float, end_s: float, target: Any) -> None:
         """Write the packets that begin from `first_s` to `end_s` of the source, in seconds, and are not yet written."""
-        for packet in self._due(round(first_s / self._time_base), end_s):
+        for packet in self._due(self._origin_s + first_s, self._origin_s + end_s):
             target.mux(packet)
 
     def close(self) -> None:
         """Close the source."""
         self._source.close()
 
-    def _due(self, shift: int, end_s: float) -> Iterator[Any]:
-        """Packets whose time has come, with their times in the target, which begins at `shift`."""
+    def _due(self, first_s: float, end_s: float) -> Iterator[Any]:
+        """Packets whose time has come, with their times in the target, which begins at `first_s`."""
         while True:
             packet = self._waiting or next(self._packets, None)
             self._waiting = None
             if packet is None:
                 return
-            start = packet.pts - self._origin if packet.pts is not None else packet.dts - self._origin
-            if start * self._time_base >= end_s:
+            time = packet.dts if packet.pts is None else packet.pts
+            shift = round(first_s / packet.time_base)
+            if time * packet.time_base >= end_s:
                 self._waiting = packet
                 return
-            if start < shift:
-                continue
-            packet.pts, packet.dts = start - shift, packet.dts - self._origin - shift
-            packet.stream = self._copy
-            yield packet
+            if time >= shift:
+                packet.pts, packet.dts = time - shift, packet.dts - shift
+                packet.stream = self._stream
+                yield packet
+
+
+def _encoded(av: Any, source: Any, stream: Any, target: Any) -> Iterator[Any]:
+    """A stream's sound, encoded again."""
+    resampler = av.AudioResampler(format="fltp", layout=target.layout, rate=target.rate)
+    for frame in source.decode(stream):
+        for samples in resampler.resample(frame):
+            yield from target.encode(samples)
+    yield from target.encode(None)
 
 
 def _even(image: Image) -> Image:
