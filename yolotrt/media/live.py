@@ -179,7 +179,7 @@ def open_reader(source: str) -> Reader:
 
 def public_name(source: str) -> str:
     """The source without the user name and password of a URL."""
-    return re.sub(r"(?<=://)[^/@]*@", "", source)
+    return re.sub(r"(?<=://)[^/]*@", "", source)
 
 
 def result_stem(source: str) -> str:

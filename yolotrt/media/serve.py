@@ -23,6 +23,8 @@ DEFAULT_HOST = "127.0.0.1"
 _JPEG_QUALITY = 80
 _WAIT_S = 1.0
 """After this long without a new frame a viewer gets the old one again, which also shows who has gone."""
+_VIEWER_TIMEOUT_S = 10.0
+"""Of a viewer that takes nothing more."""
 _BOUNDARY = "frame"
 _PAGE = Path(__file__).with_name("live_page.html")
 _POLICY = "default-src 'self'; img-src 'self' data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -179,7 +181,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     """Answers one viewer."""
 
     server: _Server
-    protocol_version = "HTTP/1.1"
+    timeout = _VIEWER_TIMEOUT_S
     _routes: ClassVar[dict[str, str]] = {"/": "_page", "/state.json": "_state", "/picture.mjpg": "_picture"}
 
     def do_GET(self) -> None:
@@ -206,7 +208,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _picture(self, query: dict[str, list[str]]) -> None:
         """Send pictures until the viewer or the run goes."""
         name = query.get("source", [""])[0]
-        self.close_connection = True
         self.send_response(200)
         self.send_header("Content-Type", f"multipart/x-mixed-replace; boundary={_BOUNDARY}")
         self._end_headers()
