@@ -1,8 +1,15 @@
 """``python -m yolotrt``."""
 
-import sys
+from typing import NoReturn
 
 from yolotrt.cli import main
+from yolotrt.shell import end_process
+
+
+def run() -> NoReturn:
+    """Run the command line and end the process."""
+    end_process(main())
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -5,10 +5,14 @@ from __future__ import annotations
 import io
 import os
 import sys
+import threading
 from collections.abc import Callable
+from typing import NoReturn
 
 from yolotrt.errors import YolotrtError
 
+THREAD_PREFIX = "yolotrt"
+"""Begins the names of this program's threads."""
 EXIT_INTERRUPTED = 130
 """What shells give for a program that Ctrl-C ended."""
 
@@ -40,6 +44,19 @@ def run_command(program: str, command: Callable[[], int], *, debug: bool = False
         message, status = _explain(problem)
         print_beside_progress(f"{program}: error: {message}")
     return status
+
+
+def end_process(status: int) -> NoReturn:
+    """End the process with a status, also while a stream that does not answer holds a thread inside a library.
+
+    Such a thread ends by its own time-out, but the interpreter cannot wait for it, and would crash it by finalising.
+    """
+    if any(thread.daemon and thread.name.startswith(f"{THREAD_PREFIX}-") for thread in threading.enumerate()):
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def make_output_robust() -> None:

@@ -31,6 +31,7 @@ from yolotrt.media.video import (
     sensible_rate,
     to_image,
 )
+from yolotrt.shell import THREAD_PREFIX
 
 log = logging.getLogger(__name__)
 
@@ -226,7 +227,9 @@ class _Feed:
         self._began: float | None = None
         self._last_pts = -1
         self._is_closed = False
-        self._thread = threading.Thread(target=self._work, name=f"yolotrt-read-{result_stem(source)}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._work, name=f"{THREAD_PREFIX}-read-{result_stem(source)}", daemon=True
+        )
         self._thread.start()
 
     @property

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from yolotrt.shell import THREAD_PREFIX
+
 QUEUE_CAPACITY = 4
 """Frames that wait between two stages: enough to even out unequal frames, few enough to keep memory small."""
 
@@ -152,7 +154,7 @@ class Pipeline:
         self._error_lock = threading.Lock()
         self._is_ending = False
         self._threads = [
-            threading.Thread(target=self._work, args=(index, function), name=f"yolotrt-{name}", daemon=True)
+            threading.Thread(target=self._work, args=(index, function), name=f"{THREAD_PREFIX}-{name}", daemon=True)
             for index, (name, function) in enumerate(stages)
         ]
 

@@ -18,6 +18,7 @@ from yolotrt.errors import InputError, OutputError
 from yolotrt.media.frames import Found, Image
 from yolotrt.media.live import Status, public_name
 from yolotrt.media.window import FrameRate
+from yolotrt.shell import THREAD_PREFIX
 
 DEFAULT_HOST = "127.0.0.1"
 _JPEG_QUALITY = 80
@@ -74,7 +75,7 @@ class LivePage:
             ) from problem
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._server.server_address[1]}/"
-        self._thread = threading.Thread(target=self._server.serve_forever, name="yolotrt-serve", daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, name=f"{THREAD_PREFIX}-serve", daemon=True)
         self._thread.start()
 
     def show(self, found: Found) -> bool:
