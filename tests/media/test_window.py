@@ -28,6 +28,7 @@ def keys(monkeypatch) -> list[str]:
     pressed: list[str] = []
     monkeypatch.setattr(cv2, "imshow", lambda *_: None)
     monkeypatch.setattr(cv2, "destroyAllWindows", lambda: None)
+    monkeypatch.setattr(cv2, "destroyWindow", lambda _title: None)
     monkeypatch.setattr(cv2, "waitKey", lambda _delay: ord(pressed.pop(0)) if pressed else -1)
     return pressed
 
@@ -78,6 +79,15 @@ def test_a_snapshot_is_the_picture_with_its_boxes(window, keys, tmp_path, capsys
     (path,) = tmp_path.glob("snapshot-*.png")
     np.testing.assert_array_equal(read_image(path), PICTURE)
     assert str(path) in capsys.readouterr().err
+
+
+def test_a_key_pressed_between_two_pictures_is_left_for_the_next_one(window, keys):
+    keys.extend("xq")
+    picture = result()
+    picture = Found(Frame(Path("a.png"), PICTURE), picture.detections, PICTURE)
+    assert window.show(picture)
+    assert window.idle()
+    assert keys == ["q"]
 
 
 def test_keys_work_while_no_frame_comes(window, keys):

@@ -68,6 +68,7 @@ class Window:
         self._no_display = no_display
         self._rate = FrameRate()
         self._shown: Image | None = None
+        self._runs_on = False
 
     def show(self, found: Found) -> bool:
         """Show a result; returns whether to go on.
@@ -77,6 +78,7 @@ class Window:
         """
         drawn = found.frame.pixels if found.drawn is None else found.drawn
         self._shown = drawn
+        self._runs_on = found.frame.clip is not None
         try:
             if found.frame.clip is None:
                 return self._show_picture(str(found.frame.path), drawn)
@@ -88,7 +90,7 @@ class Window:
 
     def idle(self) -> bool:
         """React to keys while no frame comes; returns whether to go on."""
-        return self._shown is None or self._handle(cv2.waitKey(1))
+        return not self._runs_on or self._handle(cv2.waitKey(1))
 
     def close(self) -> None:
         """Close all windows."""
