@@ -38,9 +38,14 @@ CLIP_FRAMES = 1000
 def speed(options: argparse.Namespace) -> None:
     """Frames a second of each stage alone and of the run."""
     span = Span(end_s=options.seconds)
-    with tempfile.TemporaryDirectory() as folder, Detector(options.engine, threads=options.threads) as detector:
+    detector: Any
+    if options.device_ms is None:
+        detector = Detector(options.engine, threads=options.threads)
+    else:
+        detector = StubDetector(options.device_ms / 1e3)
+    with tempfile.TemporaryDirectory() as folder:
         frames = list(read_video(options.video, host_memory, span))
-        detector(frames[0].image)  # the first call prepares memory
+        detector.submit([frames[0].image]).result()  # the first call prepares memory
         rounds = [measure(options.video, detector, frames, span, Path(folder)) for _ in range(options.rounds)]
     best = {stage: max(figures[stage] for figures in rounds) for stage in rounds[0]}
     for stage, rate in best.items():
@@ -50,7 +55,7 @@ def speed(options: argparse.Namespace) -> None:
     print(f"run / slowest stage {best['run'] / slowest:.3f}; one after the other {serial / slowest:.3f}")
 
 
-def measure(video: Path, detector: Detector, frames: list[Frame], span: Span, folder: Path) -> dict[str, float]:
+def measure(video: Path, detector: Any, frames: list[Frame], span: Span, folder: Path) -> dict[str, float]:
     """One round."""
     figures: dict[str, float] = {}
 
@@ -81,16 +86,18 @@ def measure(video: Path, detector: Detector, frames: list[Frame], span: Span, fo
 
 
 class StubDetector:
-    """Finds two boxes in every frame at no cost."""
+    """Finds two boxes in every frame and computes nothing; it may wait, as for a GPU."""
 
-    def __init__(self) -> None:
-        self.engine = SimpleNamespace(header=SimpleNamespace(max_batch=4))
+    def __init__(self, wait_s: float = 0.0) -> None:
+        self._wait_s = wait_s
+        self.engine = SimpleNamespace(header=SimpleNamespace(max_batch=1))
         self.timing = Timing()
         self.frame_buffer = host_memory
 
     def submit(self, images: list[Any]) -> Any:
         """The boxes."""
         self.timing.pictures += len(images)
+        time.sleep(self._wait_s * len(images))
         boxes = np.array([[5, 5, 30, 30], [20, 10, 60, 44]], np.float32)
         scores, classes = np.array([0.9, 0.8], np.float32), np.array([0, 1], np.int32)
         found = [Detections(boxes, scores, classes, ("cat", "dog"), image.shape[:2]) for image in images]
@@ -146,6 +153,7 @@ def main() -> None:
     command.add_argument("video", type=Path)
     command.add_argument("--engine", type=Path, default=Path("yolotrt.engine"))
     command.add_argument("--threads", type=int)
+    command.add_argument("--device-ms", type=float, help="wait so long a frame in place of an engine, as for a GPU")
     command.add_argument("--seconds", type=float, help="of the video (default: all)")
     command.add_argument("--rounds", type=int, default=3, help="the best one of each counts (default: %(default)s)")
     command.set_defaults(function=speed)

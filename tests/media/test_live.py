@@ -250,9 +250,9 @@ def test_an_rtsp_stream_is_read_and_read_again_after_its_server_was_killed(monke
         for frame in sources.read(host_memory, Span(), lambda: time.monotonic() > stop, pytest.fail):
             frames.append(frame)
             if len(frames) == 20:
+                states.append(sources.statuses()[0].state)
                 server.kill()
                 server.wait()
-                states.append(sources.statuses()[0].state)
                 restart.start()
             if len(frames) == 40:
                 break
