@@ -36,8 +36,8 @@ from yolotrt.media.video import count_frames, read_video
 from yolotrt.shell import print_beside_progress, printable
 
 PROGRAM = "yolotrt"
-BATCHES_IN_FLIGHT = 2
-"""A GPU works on one batch while the next one is handed over."""
+BATCHES_IN_FLIGHT = 3
+"""A GPU works on two batches while the results of a third are taken."""
 _LIVE_CAPACITY = 1
 """Frames of a live source that wait between two stages; each is a frame of delay."""
 _TICK_S = 0.1
