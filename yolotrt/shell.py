@@ -6,10 +6,12 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterable
+from typing import NoReturn, TypeVar
 
 from yolotrt.errors import YolotrtError
+
+T = TypeVar("T")
 
 THREAD_PREFIX = "yolotrt"
 """Begins the names of this program's threads."""
@@ -70,6 +72,14 @@ def print_beside_progress(line: str) -> None:
     from tqdm import tqdm
 
     tqdm.write(printable(line), file=sys.stderr)
+
+
+def progress(items: Iterable[T], unit: str) -> Iterable[T]:
+    """The items, with a progress bar on stderr where that is a terminal."""
+    from tqdm import tqdm
+
+    bar: Iterable[T] = tqdm(items, unit=unit, disable=None, file=sys.stderr, leave=False)
+    return bar
 
 
 def printable(text: str) -> str:
