@@ -731,7 +731,7 @@ def bad_files(golden, monkeypatch) -> None:
         ("--info cut.engine", r"engine cut\.engine .*: copy it again or build it again"),
         ("--info cut.pt", r"checkpoint cut\.pt"),
         ("--info picture.jpg", "it seems to be a picture"),
-        ("", "one of the arguments -s/--serialize -d/--detect --webcam --info is required"),
+        ("", "one of the arguments -s/--serialize -d/--detect --webcam --eval --benchmark --info is required"),
         ("--info a -s", "not allowed with argument"),
         ("-s picture.jpg", r"unrecognized arguments: picture\.jpg"),
         ("-d picture.jpg --nonsense", "unrecognized arguments: --nonsense"),
@@ -850,7 +850,9 @@ def test_help_names_every_option_and_version_the_version(run, monkeypatch):
     options = set(re.findall(r"(?<!\S)--?[a-z][a-z-]*", text))
     building = {"--weights", "--precision", "--imgsz", "--batch", "--min-batch", "--opt-batch", "--max-batch"}
     detecting = {"--conf", "--iou", "--max-det", "--classes", "--agnostic-nms", "--out", "--no-save", "--show"}
-    assert options >= {"-s", "-d", "--info", "--engine", "--debug", "--version"}
+    evaluating = {"--eval", "--images", "--split", "--limit", "--compare", "--markdown", "--accuracy"}
+    measuring = {"--benchmark", "--batches", "--precisions", "--backends", "--repeats"}
+    assert options >= evaluating | measuring | {"-s", "-d", "--info", "--engine", "--debug", "--version"}
     assert options >= building | {"--backend", "--workspace", "--raw-plan", "--optimization-level", "--yololayer"}
     assert options >= {"--timing-cache", "--no-timing-cache", "--hardware-compatible", "--version-compatible"}
     assert options >= detecting | {"--save-txt", "--save-conf", "--save-json"}

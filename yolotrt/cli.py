@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 PROGRAM = "yolotrt"
 DEFAULT_ENGINE = Path("yolotrt.engine")
 DEFAULT_OUTPUT = Path("runs/detect")
+DEFAULT_EVAL_OUTPUT = Path("runs/eval")
+DEFAULT_BENCHMARK_OUTPUT = Path("runs/benchmark")
 DEFAULT_SAMPLES = Path("samples")
 
 ENGINE_HELP = "engine file that -s writes and -d runs (default: %(default)s)"
@@ -31,6 +33,8 @@ ENGINE_HELP = "engine file that -s writes and -d runs (default: %(default)s)"
 USAGE = f"""{PROGRAM} -s [--weights FILE] [--engine FILE] [option ...]
        {PROGRAM} -d [SOURCE ...] [--engine FILE] [option ...]
        {PROGRAM} --webcam [CAMERA] [--serve PORT] [option ...]
+       {PROGRAM} --eval DATA [--engine FILE] [option ...]
+       {PROGRAM} --benchmark [SOURCE ...] [--engine FILE | --weights FILE] [option ...]
        {PROGRAM} --info FILE"""
 
 EPILOG = """examples:
@@ -39,6 +43,8 @@ EPILOG = """examples:
   python -m yolotrt -d pictures/ --save-txt             detect; results go to runs/detect
   python -m yolotrt -d drive.mp4 --save-csv all.csv     annotate a video
   python -m yolotrt --webcam --serve 8000               a camera on a local page
+  python -m yolotrt --eval data.yaml                    measure accuracy; see runs/eval
+  python -m yolotrt --benchmark --batches 1 8           measure speed; see runs/benchmark
   python -m yolotrt --info yolotrt.engine               describe a file
 """
 
@@ -76,9 +82,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options, rest = parser.parse_known_args(arguments[:end])
     wrong = [argument for argument in rest if argument.startswith("-")]
     rest += arguments[end + 1 :]  # after -- even a name that begins with a dash is a source
-    if wrong or (rest and options.command is not detect):
+    takes_sources = options.command in {detect, benchmark}
+    if wrong or (rest and not takes_sources):
         parser.error(f"unrecognized arguments: {' '.join(wrong or rest)}")
-    if options.command is detect:
+    if takes_sources:
         options.detect_sources.extend(rest)
     return options
 
@@ -96,9 +103,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show tracebacks and all log messages")
     parser.add_argument("-v", "--verbose", action="store_true", help="say more")
     _add_commands(parser)
-    _add_build_options(_options_of((serialize,), parser.add_argument_group("building (-s)")))
+    building = parser.add_argument_group("building (-s)")
+    _add_weights_option(_options_of((serialize, benchmark), building))
+    _add_build_options(_options_of((serialize,), building))
     _add_detect_options(_options_of((detect, webcam), parser.add_argument_group("detecting (-d, --webcam)")))
     _add_file_options(_options_of((detect,), parser.add_argument_group("files (-d)")))
+    evaluating = parser.add_argument_group("evaluating (--eval, --benchmark --accuracy)")
+    _add_data_options(_options_of((evaluate, benchmark), evaluating))
+    _add_eval_options(_options_of((evaluate,), evaluating))
+    _add_benchmark_options(_options_of((benchmark,), parser.add_argument_group("measuring speed (--benchmark)")))
+    _add_run_options(_options_of((detect, webcam, evaluate, benchmark), parser.add_argument_group("all but -s")))
     parser.add_argument("--engine", type=Path, default=DEFAULT_ENGINE, metavar="FILE", help=ENGINE_HELP)
     return parser
 
@@ -153,6 +167,24 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         help="show what a camera sees: 0, /dev/video1, a URL, or a video that plays as a camera (default: 0)",
     )
     group.add_argument(
+        "--eval",
+        dest="eval_data",
+        action=_SetCommand,
+        command=evaluate,
+        type=Path,
+        metavar="DATA",
+        help="measure accuracy with labelled pictures: a YOLO data.yaml, or a COCO json",
+    )
+    group.add_argument(
+        "--benchmark",
+        dest="detect_sources",
+        action=_SetCommand,
+        command=benchmark,
+        nargs="*",
+        metavar="SOURCE",
+        help="measure speed with pictures (default: samples/)",
+    )
+    group.add_argument(
         "--info",
         dest="info_file",
         action=_SetCommand,
@@ -175,11 +207,14 @@ class _SetCommand(argparse.Action):
         setattr(namespace, self.dest, earlier + values if isinstance(earlier, list) else values)
 
 
+def _add_weights_option(add: Callable[..., None]) -> None:
+    add("--weights", metavar="FILE", help=".wts, .safetensors or .pt file (default: the demo model, road signs)")
+
+
 def _add_build_options(add: Callable[..., None]) -> None:
     from yolotrt.engines.base import AUTO_YOLOLAYER, MAX_OPTIMIZATION_LEVEL, PRECISIONS, YOLOLAYERS
     from yolotrt.engines.build import AUTO, BACKENDS
 
-    add("--weights", metavar="FILE", help=".wts, .safetensors or .pt file (default: the demo model, road signs)")
     add("--precision", choices=PRECISIONS, help="default: fp16 on a GPU, fp32 on a CPU")
     add(
         "--imgsz",
@@ -227,15 +262,6 @@ def _add_detect_options(add: Callable[..., None]) -> None:
     add("--max-det", type=int, default=300, metavar="N", help="detections a picture (default: %(default)s)")
     add("--classes", type=_class, nargs="+", metavar="CLASS", help="only these classes: names or indices")
     add("--agnostic-nms", action="store_true", help="boxes of different classes suppress each other")
-    add("--threads", type=int, metavar="N", help="CPU threads of ONNX Runtime (default: all cores)")
-    add(
-        "--out",
-        type=Path,
-        default=DEFAULT_OUTPUT,
-        metavar="DIR",
-        help="results folder; a number is added if it exists (default: %(default)s)",
-    )
-    add("--exist-ok", action="store_true", help="write into an existing --out, replacing results there")
     add("--save-txt", action="store_true", help="write YOLO labels: class x y w h, normalised")
     add("--save-conf", action="store_true", help="add the confidence to --save-txt")
     add("--save-crops", action="store_true", help="write what is inside each box as a picture")
@@ -259,6 +285,39 @@ def _add_file_options(add: Callable[..., None]) -> None:
     add("--no-save", action="store_true", help="write no pictures and videos")
     add("--start", type=_time, default=0.0, metavar="TIME", help="begin videos at this time")
     add("--nvdec", action="store_true", help="decode videos on the GPU (needs PyNvVideoCodec and CuPy)")
+
+
+def _add_data_options(add: Callable[..., None]) -> None:
+    add("--images", type=Path, metavar="DIR", help="pictures of a COCO json (default: its folder, or images/ in it)")
+    add("--split", choices=("val", "test", "train"), default="val", help="of a data.yaml (default: %(default)s)")
+    add("--limit", type=int, metavar="N", help="only the first N pictures")
+    add("--markdown", type=Path, metavar="FILE", help="write the tables into a section of this file, too")
+
+
+def _add_eval_options(add: Callable[..., None]) -> None:
+    add("--compare", type=Path, metavar="FILE", help="a second engine: is its difference more than chance?")
+
+
+def _add_benchmark_options(add: Callable[..., None]) -> None:
+    from yolotrt.engines.base import PRECISIONS
+    from yolotrt.engines.build import BACKENDS
+
+    add("--batches", type=int, nargs="+", default=[1], metavar="N", help="batch sizes (default: 1)")
+    add("--precisions", nargs="+", choices=PRECISIONS, metavar="P", help="with --weights: engines to build")
+    add("--backends", nargs="+", choices=tuple(BACKENDS), metavar="B", help="with --weights: engines to build")
+    add("--repeats", type=int, default=100, metavar="N", help="measured batches of each (default: %(default)s)")
+    add("--accuracy", type=Path, metavar="DATA", help="measure accuracy as well, as --eval DATA does")
+
+
+def _add_run_options(add: Callable[..., None]) -> None:
+    add("--threads", type=int, metavar="N", help="CPU threads of ONNX Runtime (default: all cores)")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="results folder; a number is added if it exists (default: runs/detect, runs/eval or runs/benchmark)",
+    )
+    add("--exist-ok", action="store_true", help="write into an existing --out, replacing results there")
 
 
 def _time(text: str) -> float:
@@ -478,10 +537,8 @@ def _check_detect_options(options: argparse.Namespace) -> None:
     from yolotrt.media.serve import parse_address
     from yolotrt.media.window import NO_DISPLAY, has_display
 
-    if options.engine == DEFAULT_ENGINE and not options.engine.exists():
-        raise InputError(
-            f"there is no {options.engine} here: build one with python -m yolotrt -s [--weights FILE], or use --engine"
-        )
+    options.out = options.out or DEFAULT_OUTPUT
+    _check_engine(options)
     if options.threads is not None and options.threads < 1:
         raise InputError(f"--threads {options.threads} is out of range: choose at least 1")
     if options.save_conf and not options.save_txt:
@@ -493,13 +550,26 @@ def _check_detect_options(options: argparse.Namespace) -> None:
     _span(options)
     if options.serve is not None:
         parse_address(options.serve)
-    if options.out.exists() and not options.out.is_dir():
-        raise OutputError(f"cannot write into {options.out}: it is no folder: choose another --out")
+    _check_folder(options.out)
     for kind in ("json", "jsonl", "csv"):
         path = getattr(options, f"save_{kind}")
         if path is not None and path.suffix.lower() != f".{kind}":
             raise OutputError(f"--save-{kind} {path} is no .{kind} file: name one")
         _check_writable(path)
+
+
+def _check_engine(options: argparse.Namespace) -> None:
+    """Say how to get an engine where there is none."""
+    if options.engine == DEFAULT_ENGINE and not options.engine.exists():
+        raise InputError(
+            f"there is no {options.engine} here: build one with python -m yolotrt -s [--weights FILE], or use --engine"
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    """Fail before the work if results cannot go into a folder."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"cannot write into {folder}: it is no folder: choose another --out")
 
 
 def _check_writable(path: Path | None) -> None:
@@ -515,6 +585,88 @@ def _check_writable(path: Path | None) -> None:
         raise OutputError(f"cannot write {path}: {folder} is not a writable folder: choose another place")
 
 
+def evaluate(options: argparse.Namespace) -> int:
+    """Measure an engine's accuracy (--eval)."""
+    from yolotrt.engines.file import EngineFile
+    from yolotrt.evaluation import report, text
+    from yolotrt.evaluation.run import Data, compare_evaluations, evaluate_engine, require_packages
+    from yolotrt.markdown import write_section
+    from yolotrt.media.results import next_run_folder
+
+    require_packages()
+    _check_engine(options)
+    if options.limit is not None and options.limit < 1:
+        raise InputError(f"--limit {options.limit} leaves no picture: choose at least 1")
+    out = options.out or DEFAULT_EVAL_OUTPUT
+    _check_folder(out)
+    _check_writable(out / report.REPORT_FILE)
+    _check_writable(options.markdown)
+    data = Data(options.eval_data, options.images, options.split, options.limit)
+    files = [EngineFile.load(path) for path in (options.engine, options.compare) if path is not None]
+    first, *others = [evaluate_engine(file, data, threads=options.threads) for file in files]
+    comparisons = [(other, compare_evaluations(first, other)) for other in others]
+    for line in text.summary_lines(first):
+        print(printable(line))
+    for other, comparison in comparisons:
+        for line in text.comparison_lines(first, other, comparison):
+            print(printable(line))
+    folder = out if options.exist_ok else next_run_folder(out)
+    report.write_report(folder, first, next(iter(comparisons), None))
+    if options.markdown is not None:
+        write_section(options.markdown, "accuracy", text.to_markdown(first, next(iter(comparisons), None)))
+    print(f"results: {printable(str(folder))}, report: {printable(str(folder / report.REPORT_FILE))}")
+    return 0
+
+
+def benchmark(options: argparse.Namespace) -> int:
+    """Measure engines' speed (--benchmark)."""
+    from yolotrt import benchmark as measuring
+    from yolotrt.evaluation.plots import require_matplotlib
+    from yolotrt.evaluation.run import Data, evaluate_engine, require_packages
+    from yolotrt.markdown import write_section
+    from yolotrt.media.results import next_run_folder
+
+    require_matplotlib() if options.accuracy is None else require_packages()
+    out = options.out or DEFAULT_BENCHMARK_OUTPUT
+    _check_folder(out)
+    _check_writable(out / "benchmark.json")
+    _check_writable(options.markdown)
+    plan = measuring.Plan(tuple(options.batches), options.repeats, options.threads)
+    paths = measuring.pictures_of(options.detect_sources or _default_sources())
+    engines = _benchmark_engines(options)
+    accuracies: list[float | None] = [None] * len(engines)
+    if options.accuracy is not None:
+        data = Data(options.accuracy, options.images, options.split, options.limit)
+        accuracies = [evaluate_engine(engine, data, threads=plan.threads).metrics.map for engine in engines]
+    rows = measuring.run(engines, paths, plan, accuracies)
+    folder = out if options.exist_ok else next_run_folder(out)
+    text = measuring.write_results(folder, rows, plan, len(paths))
+    if options.markdown is not None:
+        write_section(options.markdown, "benchmark", text)
+    for line in text.splitlines():
+        print(printable(line))
+    print(f"results: {printable(str(folder))}")
+    return 0
+
+
+def _benchmark_engines(options: argparse.Namespace) -> list[Any]:
+    """The engine file, or engines of the weights for all backends and precisions that are asked for."""
+    from yolotrt.benchmark import engines_for
+    from yolotrt.engines.build import find_backend
+    from yolotrt.engines.file import EngineFile
+    from yolotrt.weights import load_weights
+
+    if options.weights is None:
+        if options.precisions or options.backends:
+            raise InputError("--precisions and --backends are of engines to build: give --weights, too")
+        _check_engine(options)
+        return [EngineFile.load(options.engine)]
+    best = find_backend("auto")
+    weights = load_weights(options.weights)
+    precisions = options.precisions or [best.default_precision]
+    return list(engines_for(weights, options.backends or [best.name], precisions, options.batches))
+
+
 def info(options: argparse.Namespace) -> int:
     """Describe a file (--info)."""
     from yolotrt.info import describe
@@ -527,6 +679,8 @@ _COMMAND_NAMES: dict[Callable[[argparse.Namespace], int], str] = {
     serialize: "-s",
     detect: "-d",
     webcam: "--webcam",
+    evaluate: "--eval",
+    benchmark: "--benchmark",
     info: "--info",
 }
 """How each command is called."""
