@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.weights.torch_files import (
+    ANCHORS,
     Checkpoint,
     Op,
     assert_refused_within_bounded_memory,
@@ -338,10 +339,38 @@ def _model_with(**changes) -> bytes:
     return zip_bytes(checkpoint.model(checkpoint.conv(), detect), checkpoint.storages)
 
 
-def _two_epsilons() -> bytes:
+def _two_epsilons(second: float) -> bytes:
     checkpoint = Checkpoint()
-    layers = checkpoint.conv(), checkpoint.conv(epsilon=1e-5), checkpoint.detect()
+    layers = checkpoint.conv(), checkpoint.conv(epsilon=second), checkpoint.conv(), checkpoint.detect()
     return zip_bytes(checkpoint.model(*layers), checkpoint.storages)
+
+
+def test_an_epsilon_that_differs_is_written_down(tmp_path):
+    """As in classifiers, whose last layer has PyTorch's own."""
+    metadata = read(_two_epsilons(second=1e-5), tmp_path).metadata
+    assert (metadata.batch_norm_epsilon, metadata.batch_norm_epsilons) == (1e-3, {"model.1.bn": 1e-5})
+    assert (metadata.epsilon_of("model.1.bn"), metadata.epsilon_of("model.2.bn")) == (1e-5, 1e-3)
+
+
+def test_release_1_has_its_heads_and_its_yaml_elsewhere(tmp_path):
+    """Detect reads convolutions that are layers, and the yaml is called md, with its arguments evaluated."""
+    checkpoint = Checkpoint()
+    detect = new(
+        "models.yolo.Detect",
+        f=[-1],
+        stride=checkpoint.tensor(np.array((8.0,))),
+        _buffers={"anchors": checkpoint.tensor(np.array(ANCHORS))},
+    )
+    head = new(
+        "torch.nn.modules.conv.Conv2d",
+        _parameters={"weight": checkpoint.parameter(14, 4, 1, 1), "bias": checkpoint.parameter(14)},
+    )
+    rows = [[-1, 1, "Conv", [4, 3]], [-1, 1, "nn.Conv2d", [14, 1, 1]], [[], 1, "Detect", [2, [[1, 2, 3, 4]]]]]
+    root = checkpoint.model(checkpoint.conv(), head, detect, yaml=None, md={"nc": 2, "backbone": rows, "head": []})
+    weights = read(zip_bytes(root, checkpoint.storages), tmp_path)
+    assert weights.metadata.class_count == 2
+    assert weights.metadata.yaml["backbone"] == rows
+    assert weights.tensors["model.1.weight"].shape == (14, 4, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +385,8 @@ def _two_epsilons() -> bytes:
         (_model_with(anchors=[[[1.0, -1.0], [1.0, 1.0]]]), "no anchors for its strides"),
         (_model_with(anchors=[[[1.0, 1.0]] * 3]), "does not give a number of classes"),
         (_model_with(anchors=[[[1.0, 1.0]] * 14]), "does not give a number of classes"),
-        (_two_epsilons(), "model.0.bn has epsilon 0.001 but model.1.bn has 1e-05"),
+        (_two_epsilons(second=0.0), r"model\.1\.bn has no valid epsilon"),
+        (_two_epsilons(second=float("nan")), r"model\.1\.bn has no valid epsilon"),
     ],
 )
 def test_model_that_cannot_be_built_is_refused(data, message, tmp_path):

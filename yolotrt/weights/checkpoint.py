@@ -182,11 +182,12 @@ def _from_modules(model: StandIn, reader: TensorReader) -> Weights:
         )
     tensors = dict(_read_tensors(tree, reader))
     activation, activations = _activations(tree)
+    epsilon, epsilons = _batch_norm_epsilons(tree)
     prefix = f"model.{len(layers) - 1}."
     task = _TASKS[head.kind.name]
     strides = () if task == "classify" else _strides(tree, head, reader)
     anchors = () if task == "classify" else _anchors(tensors.get(f"{prefix}anchors"), strides)
-    class_count = _class_count(tensors, prefix, task, anchors)
+    class_count = _class_count(tensors, prefix, _head_tensor(tensors, prefix, head), task, anchors)
     notes: list[str] = []
     metadata = Metadata(
         yaml=_model_yaml(tree, task, tensors, class_count, notes),
@@ -197,7 +198,8 @@ def _from_modules(model: StandIn, reader: TensorReader) -> Weights:
         version=_version(tree, head),
         activation=activation,
         activations=activations,
-        batch_norm_epsilon=_batch_norm_epsilon(tree),
+        batch_norm_epsilon=epsilon,
+        batch_norm_epsilons=epsilons,
         imgsz=_image_size(task, strides),
         inferred=tuple(notes),
     )
@@ -295,7 +297,17 @@ def _positive(values: FloatArray) -> bool:
     return bool(np.all(np.isfinite(values) & (values > 0)))
 
 
-def _class_count(tensors: Mapping[str, FloatArray], prefix: str, task: str, anchors: Anchors) -> int:
+def _head_tensor(tensors: Mapping[str, FloatArray], prefix: str, head: StandIn) -> str:
+    """The kernel of a detection level; in release 1.0 it belongs to a layer that Detect reads (models/yolo.py)."""
+    name = f"{prefix}m.0.weight"
+    sources = head.get("f")
+    if name in tensors or not isinstance(sources, (list, tuple)) or not sources or not isinstance(sources[0], int):
+        return name
+    last = int(prefix.split(".")[1])
+    return f"model.{sources[0] + last if sources[0] < 0 else sources[0]}.weight"
+
+
+def _class_count(tensors: Mapping[str, FloatArray], prefix: str, head_tensor: str, task: str, anchors: Anchors) -> int:
     """Number of classes, from the shape of the last layer's weights, as a yaml may still say that of another data set.
 
     Detect has anchors x (5 + classes) outputs, Segment anchors x (5 + classes + mask coefficients) (models/yolo.py).
@@ -307,7 +319,7 @@ def _class_count(tensors: Mapping[str, FloatArray], prefix: str, task: str, anch
         rows = _row_count(tensors, f"{prefix}linear.weight")
         classes, rest = rows, 0
     else:
-        per_anchor, rest = divmod(_row_count(tensors, f"{prefix}m.0.weight"), len(anchors[0]))
+        per_anchor, rest = divmod(_row_count(tensors, head_tensor), len(anchors[0]))
         masks = _row_count(tensors, f"{prefix}proto.cv3.conv.weight") if task == "segment" else 0
         classes = per_anchor - 5 - masks
     if rest or not 1 <= classes <= MAX_CLASSES:
@@ -401,22 +413,22 @@ def _yaml_activation(yaml: Mapping[str, Any]) -> str:
         ) from None
 
 
-def _batch_norm_epsilon(tree: _ModuleTree) -> float:
-    """The epsilon that all BatchNorm2d share; YOLOv5's own if there are none (a fused model).
+def _batch_norm_epsilons(tree: _ModuleTree) -> tuple[float, dict[str, float]]:
+    """The most frequent epsilon of all BatchNorm2d, and by module name those that differ from it.
+
+    A classifier's last layer has PyTorch's own, as it is made after YOLOv5 has set its own everywhere else.
 
     Raises:
-        CheckpointError: if they differ.
+        CheckpointError: if one is no positive number below 1.
     """
     epsilons = {name: module.get("eps") for name, module in tree.modules.items() if module.kind.name in _BATCH_NORMS}
-    first_name, first = next(iter(epsilons.items()), ("", BATCH_NORM_EPSILON))
     for name, epsilon in epsilons.items():
         if not isinstance(epsilon, float) or not 0 < epsilon < 1:
             raise CheckpointError(f"{name} has no valid epsilon: {DAMAGED}")
-        if epsilon != first:
-            raise CheckpointError(
-                f"{first_name} has epsilon {first:g} but {name} has {epsilon:g}: train all layers with the same one"
-            )
-    return first
+    if not epsilons:  # a fused model
+        return BATCH_NORM_EPSILON, {}
+    default, _ = Counter(epsilons.values()).most_common(1)[0]
+    return default, {name: epsilon for name, epsilon in epsilons.items() if epsilon != default}
 
 
 def _image_size(task: str, strides: tuple[int, ...]) -> tuple[int, int]:
@@ -431,6 +443,8 @@ def _model_yaml(
 ) -> Mapping[str, Any]:
     """The yaml that the model was made from, or one inferred from shapes: YOLOv5's classification models keep none."""
     stored = tree.root.get("yaml")
+    if not isinstance(stored, dict):
+        stored = tree.root.get("md")  # its name in release 1.0
     if isinstance(stored, dict) and task != "classify":
         return _json_yaml(stored, class_count)
     notes.append("model description: the file has none, so it was concluded from the tensors' shapes")

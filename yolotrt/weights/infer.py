@@ -47,6 +47,10 @@ STANDARD_ANCHORS: dict[int, Anchors] = {
 CLASSIFIER_FEATURES = 1280
 """Channels before the linear layer of YOLOv5's Classify block (models/common.py)."""
 
+CLASSIFIER_NORM = "model.9.conv.bn"
+TORCH_EPSILON = 1e-5
+"""Classify is made after YOLOv5 sets its own epsilon, and keeps PyTorch's (models/yolo.py, ClassificationModel)."""
+
 PROTOTYPE_CHANNELS = 256
 """Channels inside the Proto block before scaling (YOLOv5 models/segment/yolov5s-seg.yaml)."""
 
@@ -147,6 +151,7 @@ def infer_metadata(tensors: Mapping[str, FloatArray]) -> Metadata:
         anchors=head.anchors,
         task=layout.task,
         version=layout.release,
+        batch_norm_epsilons={CLASSIFIER_NORM: TORCH_EPSILON} if layout.task == "classify" else {},
         imgsz=(side, side),
         inferred=_inferred(layout, head, depth, width),
     )

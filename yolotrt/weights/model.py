@@ -39,7 +39,8 @@ class Metadata:
         version: YOLOv5's release as far as the checkpoint tells, such as ``v6.0+``; empty if unknown.
         activation: Activation of every convolution block that `activations` does not name, such as ``SiLU``.
         activations: Exceptions, by module name: ``{"model.2.act": "LeakyReLU(0.1)"}``.
-        batch_norm_epsilon: Epsilon of every BatchNorm2d.
+        batch_norm_epsilon: Epsilon of every BatchNorm2d that `batch_norm_epsilons` does not name.
+        batch_norm_epsilons: Exceptions, by module name: ``{"model.9.conv.bn": 1e-05}``.
         imgsz: Height and width in pixels that the model was made for.
         source_sha256: SHA-256 of the file that the weights came from, in hexadecimal.
         inferred: What was not written in the file but concluded from tensor shapes, one phrase each, for the user.
@@ -54,6 +55,7 @@ class Metadata:
     activation: str = "SiLU"
     activations: Mapping[str, str] = field(default_factory=dict)
     batch_norm_epsilon: float = BATCH_NORM_EPSILON
+    batch_norm_epsilons: Mapping[str, float] = field(default_factory=dict)
     imgsz: tuple[int, int] = (640, 640)
     source_sha256: str = ""
     inferred: tuple[str, ...] = ()
@@ -68,6 +70,10 @@ class Metadata:
     def class_count(self) -> int:
         """Number of classes."""
         return len(self.names)
+
+    def epsilon_of(self, batch_norm: str) -> float:
+        """Epsilon of the BatchNorm2d of that name, such as ``model.0.bn``."""
+        return self.batch_norm_epsilons.get(batch_norm, self.batch_norm_epsilon)
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -159,8 +165,9 @@ def _first_problem(metadata: Metadata) -> str:
         return "an anchor side that is not a positive number"
     if len(metadata.imgsz) != 2 or any(not 1 <= side <= MAX_IMAGE_SIZE for side in metadata.imgsz):
         return f"image size {metadata.imgsz}"
-    if not 0 < metadata.batch_norm_epsilon < 1:
-        return f"BatchNorm epsilon {metadata.batch_norm_epsilon}"
+    for epsilon in (metadata.batch_norm_epsilon, *metadata.batch_norm_epsilons.values()):
+        if not 0 < epsilon < 1:
+            return f"BatchNorm epsilon {epsilon}"
     return ""
 
 
@@ -181,6 +188,8 @@ def _type_problem(metadata: Metadata) -> str:
         "activations": isinstance(metadata.activations, Mapping)
         and all(isinstance(v, str) for pair in metadata.activations.items() for v in pair),
         "batch_norm_epsilon": isinstance(metadata.batch_norm_epsilon, float),
+        "batch_norm_epsilons": isinstance(metadata.batch_norm_epsilons, Mapping)
+        and all(isinstance(k, str) and isinstance(v, float) for k, v in metadata.batch_norm_epsilons.items()),
         "imgsz": all_of(metadata.imgsz, int),
         "source_sha256": isinstance(metadata.source_sha256, str),
         "inferred": all_of(metadata.inferred, str),
