@@ -73,17 +73,54 @@ TINY_YAML: Mapping[str, Any] = {
 """Two levels of strides 4 and 8; every block of the official models, at a thousandth of the cost."""
 
 
+P6_BACKBONE = [
+    *BACKBONE[:7],
+    [-1, 1, "Conv", [768, 3, 2]],
+    [-1, 3, "C3", [768]],
+    [-1, 1, "Conv", [1024, 3, 2]],
+    [-1, 3, "C3", [1024]],
+    [-1, 1, "SPPF", [1024, 5]],
+]
+P6_HEAD = [
+    [-1, 1, "Conv", [768, 1, 1]],
+    [-1, 1, "nn.Upsample", ["None", 2, "nearest"]],
+    [[-1, 8], 1, "Concat", [1]],
+    [-1, 3, "C3", [768, False]],
+    [-1, 1, "Conv", [512, 1, 1]],
+    [-1, 1, "nn.Upsample", ["None", 2, "nearest"]],
+    [[-1, 6], 1, "Concat", [1]],
+    [-1, 3, "C3", [512, False]],
+    [-1, 1, "Conv", [256, 1, 1]],
+    [-1, 1, "nn.Upsample", ["None", 2, "nearest"]],
+    [[-1, 4], 1, "Concat", [1]],
+    [-1, 3, "C3", [256, False]],
+    [-1, 1, "Conv", [256, 3, 2]],
+    [[-1, 20], 1, "Concat", [1]],
+    [-1, 3, "C3", [512, False]],
+    [-1, 1, "Conv", [512, 3, 2]],
+    [[-1, 16], 1, "Concat", [1]],
+    [-1, 3, "C3", [768, False]],
+    [-1, 1, "Conv", [768, 3, 2]],
+    [[-1, 12], 1, "Concat", [1]],
+    [-1, 3, "C3", [1024, False]],
+    [[23, 26, 29, 32], 1, "Detect", ["nc", "anchors"]],
+]
+
+
 def official_metadata(size: str, class_count: int = 80) -> Metadata:
-    """A model of release 6.0 and later, such as ``s``."""
-    depth, width = SIZES[size]
+    """A model of release 6.0 and later, such as ``s``, or with four levels, such as ``s6``."""
+    depth, width = SIZES[size[0]]
+    is_p6 = size.endswith("6")
     yaml = {
         "nc": class_count,
         "depth_multiple": depth,
         "width_multiple": width,
-        "backbone": BACKBONE,
-        "head": HEAD,
+        "backbone": P6_BACKBONE if is_p6 else BACKBONE,
+        "head": P6_HEAD if is_p6 else HEAD,
     }
     names = tuple(f"class{index}" for index in range(class_count))
+    if is_p6:
+        return Metadata(yaml, names, strides=(8, 16, 32, 64), anchors=(*ANCHORS, ANCHORS[-1]), imgsz=(1280, 1280))
     return Metadata(yaml, names, strides=(8, 16, 32), anchors=ANCHORS)
 
 
@@ -136,7 +173,8 @@ def _made_up(name: str, shape: tuple[int, ...], generator: np.random.Generator) 
     """Values that keep activations near 1 through any number of layers; BatchNorm statistics differ by channel."""
     if name.endswith((".bn.weight", ".running_var")):
         return generator.uniform(0.5, 1.5, shape).astype(np.float32)
-    scale = 0.1 if len(shape) == 1 else math.sqrt(2 / max(math.prod(shape[1:]), 1))
+    gain = 0.2 if ".tr." in name else 2  # a transformer adds to its input, and large scores would make softmax a choice
+    scale = 0.1 if len(shape) == 1 else math.sqrt(gain / max(math.prod(shape[1:]), 1))
     return generator.standard_normal(shape, np.float32) * np.float32(scale)
 
 

@@ -13,7 +13,7 @@ from yolotrt.weights import Weights, save_weights
 
 def rows(text: str) -> dict[str, list[str]]:
     """Values by key, as a reader of the columns sees them."""
-    _, *lines = text.split("\n")
+    _, *lines = text.split("\n\n", maxsplit=1)[0].split("\n")
     found: dict[str, list[str]] = {}
     for line in lines:
         key, value = re.fullmatch(r"  (.*?\S) {2,}(\S.*)", line).groups()
@@ -46,6 +46,45 @@ def test_an_engine_is_described(tmp_path, tiny_engine):
         "activation": ["SiLU"],
         "source": [f"sha256 {'5' * 64}"],
     }
+
+
+TINY_TABLE = """
+       from  n  parameters  GFLOPs  module  output                arguments
+  0      -1  1         880    0.00  Conv    8x32x32               8, 6, 2, 2
+  1       0  1         592    0.00  Conv    8x16x16               8, 3, 2
+  2       1  1         592    0.00  Conv    8x8x8                 8, 3, 2
+  3       2  1       1,184    0.00  Conv    16x4x4                16, 3, 2
+  4       3  1       2,336    0.00  Conv    16x2x2                16, 3, 2
+  5 2, 3, 4  1       1,032    0.00  Detect  24x8x8 24x4x4 24x2x2  3, ...
+  6 layers, 6,616 parameters, 0.0 GFLOPs at 64 x 64
+"""
+
+
+def test_the_layers_are_listed_alike_for_every_file(tmp_path, tiny_weights, tiny_engine):
+    tables = set()
+    for name in ("a.wts", "a.safetensors"):
+        save_weights(tiny_weights, tmp_path / name)
+        tables.add(describe(tmp_path / name).split("\n\n")[1])
+    tables.add(describe(tiny_engine.save(tmp_path / "a.engine").path).split("\n\n")[1])
+    (table,) = tables
+    assert [line.split() for line in table.split("\n")] == [line.split() for line in TINY_TABLE.split("\n")[1:-1]]
+
+
+def test_an_engines_layers_have_the_engines_size(tmp_path, tiny_weights):
+    build_engine(tiny_weights, tmp_path / "a.engine", backend="onnxruntime", options=BuildOptions(imgsz=(64, 96)))
+    table = describe(tmp_path / "a.engine").split("\n\n")[1]
+    assert "24x8x12 24x4x6 24x2x3" in table
+    assert table.endswith("GFLOPs at 64 x 96")
+
+
+def test_a_model_that_cannot_be_built_is_described_all_the_same(tmp_path, tiny_weights):
+    yaml = {**tiny_weights.metadata.yaml, "backbone": [[-1, 1, "MetaAconC", [8]]] * 5}
+    save_weights(
+        Weights(tiny_weights.tensors, dataclasses.replace(tiny_weights.metadata, yaml=yaml)), tmp_path / "a.wts"
+    )
+    text = describe(tmp_path / "a.wts")
+    assert rows(text)["classes"] == ["3: cat, dog, bird"]
+    assert "no layer table: layer 0 (MetaAconC) is a block that this version does not know" in text.split("\n\n")[1]
 
 
 def test_a_dynamic_batch_and_a_rectangle_are_said(tmp_path, tiny_weights):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from yolotrt.engines.file import EngineFile, EngineHeader, TensorInfo, is_engine_file
-from yolotrt.errors import InputError
+from yolotrt.errors import InputError, YolotrtError
 from yolotrt.files import require_file
+from yolotrt.network.builder import LayerSummary, summarise
 from yolotrt.shell import printable
 from yolotrt.weights import Metadata, Weights, load_weights
 from yolotrt.weights.model import Anchors
 
 NAMES_SHOWN = 12
+MAX_ARGUMENT = 24
 YOLO_LAYER_PLACES = {
     "host": "on the CPU, after the engine",
     "kernel": "a kernel on the GPU, after the engine",
@@ -21,15 +24,69 @@ YOLO_LAYER_PLACES = {
 
 
 def describe(path: Path) -> str:
-    """Describe an .engine, .wts, .safetensors or .pt file in a few lines.
+    """Describe an .engine, .wts, .safetensors or .pt file: what it holds, then its layers as YOLOv5 lists them.
 
     Raises:
         InputError: if the file cannot be read or is of another kind.
     """
     path = require_file(path, "file", InputError)
-    rows = _engine_rows(EngineFile.load(path)) if is_engine_file(path) else _weights_rows(load_weights(path))
+    if is_engine_file(path):
+        engine = EngineFile.load(path)
+        rows, weights, size = _engine_rows(engine), Weights({}, engine.header.model), engine.header.imgsz
+    else:
+        weights = load_weights(path)
+        rows, size = _weights_rows(weights), weights.metadata.imgsz
     width = max(len(key) for key, _ in rows)
-    return "\n".join([printable(str(path)), *(f"  {key:<{width}}  {printable(value)}" for key, value in rows)])
+    described = (f"  {key:<{width}}  {printable(value)}" for key, value in rows)
+    return "\n".join([printable(str(path)), *described, "", *_layer_table(weights, size)])
+
+
+def _layer_table(weights: Weights, size: tuple[int, int]) -> list[str]:
+    """A line a layer, and the sums; or why the model cannot be built."""
+    try:
+        layers = summarise(weights, *size)
+    except YolotrtError as error:
+        return [f"  no layer table: {printable(str(error))}"]
+    lines = [_COLUMNS, *(_layer_cells(layer) for layer in layers)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(_COLUMNS))]
+    parameters = sum(layer.parameters for layer in layers)
+    operations = sum(layer.operations for layer in layers)
+    return [
+        *(_aligned(line, widths) for line in lines),
+        f"  {len(layers)} layers, {parameters:,} parameters, {operations / 1e9:.1f} GFLOPs at {size[0]} x {size[1]}",
+    ]
+
+
+_COLUMNS = ("", "from", "n", "parameters", "GFLOPs", "module", "output", "arguments")
+_LEFT_ALIGNED = ("module", "output", "arguments")
+
+
+def _layer_cells(summary: LayerSummary) -> tuple[str, ...]:
+    """The cells of a layer's line."""
+    layer = summary.layer
+    shapes = " ".join("x".join(map(str, shape[1:])) for shape in summary.shapes)
+    return (
+        str(layer.index),
+        ", ".join(str(source) for source in layer.sources),
+        str(layer.repeats),
+        f"{summary.parameters:,}",
+        f"{summary.operations / 1e9:.2f}",
+        layer.block,
+        shapes,
+        _arguments(layer.args),
+    )
+
+
+def _arguments(values: Sequence[object]) -> str:
+    """The yaml's arguments in short; anchors stand further up."""
+    return ", ".join("..." if isinstance(v, tuple) and len(str(v)) > MAX_ARGUMENT else str(v) for v in values)
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Cells in columns, numbers to the right."""
+    columns = zip(cells, widths, _COLUMNS, strict=True)
+    padded = (f"{cell:<{width}}" if name in _LEFT_ALIGNED else f"{cell:>{width}}" for cell, width, name in columns)
+    return ("  " + "  ".join(printable(cell) for cell in padded)).rstrip()
 
 
 def _engine_rows(engine: EngineFile) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.reference import TINY_YAML, all_weights, made_up_weights, tiny_metadata
+from tests.reference import TINY_YAML, all_weights, made_up_weights, official_metadata, tiny_metadata
 from yolotrt.engines.base import BuildOptions
 from yolotrt.engines.build import build_engine, open_session
+from yolotrt.engines.onnx import OnnxRuntimeBackend
 from yolotrt.errors import GraphError, NetworkError, WeightsError, YolotrtError
 from yolotrt.network import recorder
-from yolotrt.network.builder import NetworkBuilder
-from yolotrt.weights import Weights, load_weights
+from yolotrt.network.builder import NetworkBuilder, summarise
+from yolotrt.weights import Metadata, Weights, load_weights
 
 HEADS_TOLERANCE = 1e-4
 """Six times the noise of float32 itself: two runs of the official code with BatchNorm folded differ by 1.7e-5."""
@@ -49,8 +51,9 @@ def input_of(height: int, width: int, batch: int = 1) -> np.ndarray:
 
 
 def heads_of(weights: Weights, images: np.ndarray, **options: Any) -> list[np.ndarray]:
+    """All outputs of the network, in its order."""
     engine = build_engine(weights, backend="onnxruntime", options=BuildOptions(imgsz=images.shape[2:], **options))
-    with open_session(engine, threads=2) as session:
+    with OnnxRuntimeBackend().open(engine, threads=2) as session:
         return [head.copy() for head in session.run(images)]
 
 
@@ -62,15 +65,19 @@ def heads_of(weights: Weights, images: np.ndarray, **options: Any) -> list[np.nd
         ("yolov5n_v60", 384, 640),
         ("pv_nc5_v70", 384, 640),
         ("derived_p6_random_nc80", 384, 640),
+        ("derived_v50_focus_spp_nc80", 384, 640),
+        ("derived_v31_csp_hswish_nc3", 384, 640),
+        ("derived_v20_leaky_nc2_legacy", 384, 640),
+        ("derived_seg_nc80", 384, 640),
     ],
 )
 def test_heads_are_those_of_the_official_code(golden, tag, height, width):
     weights = checkpoint(golden / f"weights/{tag}.pt")
     heads = heads_of(weights, input_of(height, width))
     with np.load(golden / f"expected/{tag}_raw.npz") as expected:
-        for level, head in enumerate(heads):
-            np.testing.assert_allclose(head, expected[f"{height}x{width}_head{level}"], rtol=0, atol=HEADS_TOLERANCE)
-    assert len(heads) == len(weights.metadata.strides)
+        names = [name for name in expected if name.startswith(f"{height}x{width}_") and "decoded" not in name]
+        for name, head in zip(names, heads, strict=True):  # the levels, then the prototypes
+            np.testing.assert_allclose(head, expected[name], rtol=0, atol=HEADS_TOLERANCE, err_msg=name)
 
 
 def test_every_picture_of_a_batch_gets_what_it_gets_alone(golden):
@@ -146,6 +153,87 @@ def test_the_summary_has_every_layer_with_its_shape():
         ("layer 6 (Concat)", ((2, 48, 8, 12),)),
         ("layer 7 (Detect)", ((2, 14, 8, 12), (2, 14, 4, 6))),
     ]
+
+
+def test_the_summary_counts_parameters_and_operations_for_one_picture():
+    """Layer 0: 8 kernels of 3x3x3 at 16 x 24 places, a bias each; its BatchNorm has 2 values a channel."""
+    first = build(tiny(), batch=2).summary[0]
+    assert first.parameters == 8 * 27 + 2 * 8
+    assert first.operations == 2 * (8 * 27 + 8) * 16 * 24
+    assert sum(entry.parameters for entry in build(tiny()).summary) == sum(
+        array.size for name, array in tiny().tensors.items() if ".running_" not in name
+    )
+
+
+# Millions of parameters at the official models' class count, and GFLOPs at 640 x 640, as YOLOv5's README lists them.
+PUBLISHED = {
+    "n": (1.9, 4.5),
+    "s": (7.2, 16.5),
+    "m": (21.2, 49.0),
+    "l": (46.5, 109.1),
+    "x": (86.7, 205.7),
+    "n6": (3.2, 4.6),
+    "s6": (12.6, 16.8),
+    "m6": (35.7, 50.0),
+    "l6": (76.8, 111.4),
+    "x6": (140.7, 209.8),
+}
+
+
+@pytest.mark.parametrize(("size", "published"), PUBLISHED.items(), ids=PUBLISHED)
+def test_parameters_and_operations_are_the_published_ones(size, published):
+    layers = summarise(Weights({}, official_metadata(size)), 640, 640)
+    millions = sum(layer.parameters for layer in layers) / 1e6
+    # some rows of the table count two values a channel of each BatchNorm, some one: a tenth in the largest models
+    assert abs(millions - published[0]) < 0.1
+    assert round(sum(layer.operations for layer in layers) / 1e9, 1) == published[1]
+
+
+def test_an_outline_is_what_a_build_sees():
+    weights = all_weights(official_metadata("n", class_count=3))
+    builder = build(weights, height=64, width=96)
+    assert summarise(weights, 64, 96) == builder.summary
+    assert summarise(Weights({}, weights.metadata), 64, 96) == builder.summary
+
+
+def test_an_outline_of_impossible_metadata_is_refused():
+    rows = [[-1, 1, "nn.Conv2d", [60000, 1000]], [-1, 1, "Classify", ["nc"]]]
+    metadata = tiny_metadata(task="classify", strides=(), anchors=(), yaml={"nc": 2, "backbone": rows, "head": []})
+    with pytest.raises(WeightsError, match=r"layer 0 \(nn\.Conv2d\): tensor model\.0\.weight .* no YOLOv5 model has"):
+        summarise(Weights({}, metadata), 1024, 1024)
+
+
+# --- other releases ---
+
+RELEASE_1_ROWS = [
+    [-1, 1, "Focus", [16, 3]],
+    [-1, 1, "Conv", [32, 3, 2]],
+    [-1, 3, "BottleneckCSP", [32]],
+    [-1, 1, "nn.Conv2d", ["na * (nc + 5)", 1, 1]],
+    [-2, 1, "Conv", [64, 3, 2]],
+    [-1, 1, "nn.Conv2d", ["na * (nc + 5)", 1, 1]],
+    [[], 1, "Detect", ["nc", "anchors"]],
+]
+
+
+def release_1_metadata() -> Metadata:
+    """Its levels come coarsest first."""
+    metadata = tiny_metadata(strides=(8, 4), yaml={**TINY_YAML, "backbone": RELEASE_1_ROWS, "head": []})
+    return replace(metadata, anchors=metadata.anchors[::-1], activation="LeakyReLU(0.1)")
+
+
+def test_the_heads_of_release_1_are_layers_of_their_own_coarsest_first():
+    weights = all_weights(release_1_metadata())
+    assert {name for name in weights.tensors if ".conv" not in name and ".cv" not in name and ".bn" not in name} == {
+        "model.3.weight",
+        "model.3.bias",
+        "model.5.weight",
+        "model.5.bias",
+    }
+    builder = build(weights)
+    assert builder.graph.head.sources == (5, 3)
+    assert builder.summary[-1].shapes == ((1, 14, 4, 6), (1, 14, 8, 12))
+    assert builder.summary[-1].parameters == 0
 
 
 def test_layers_are_named_as_in_the_checkpoint():
@@ -257,14 +345,14 @@ WRONG: dict[str, Case] = {
         "tensor model.2.m.1.cv1.bn.bias (10 in all) is not used by the graph",
     ),
     "unknown block": (
-        lambda: with_layer(3, [-1, 1, "GhostConv", [64]]),
+        lambda: with_layer(3, [-1, 1, "MetaAconC", [64]]),
         GraphError,
-        "layer 3 (GhostConv) is a block that this version does not know; the model is for the task detect",
+        "layer 3 (MetaAconC) is a block that this version does not know; the model is for the task detect",
     ),
     "a network without a head": (
         lambda: with_layer(7, [-1, 1, "nn.Upsample", ["None", 2, "nearest"]]),
         GraphError,
-        "layer 7 (nn.Upsample) ends the network but is no head: expected Detect",
+        "layer 7 (nn.Upsample) ends the network but is no head: expected Detect, Segment or Classify",
     ),
     "a layer that reads the head": (
         lambda: made_up_weights(with_layer(6, [[5, 2], 1, "Detect", []]).metadata),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from yolotrt.errors import GraphError, NetworkError, WeightsError, YolotrtError
+from yolotrt.network import recorder
 from yolotrt.network.blocks import BLOCKS, Block
 from yolotrt.network.graph import INPUT, Layer, ModelGraph
-from yolotrt.network.ops import Ops, Tensor
+from yolotrt.network.ops import MAX_TENSOR_VOLUME, Ops, OutlineOps, Tensor
 from yolotrt.weights import Weights
 from yolotrt.weights.model import FloatArray
 
@@ -19,6 +23,12 @@ PICTURE_CHANNELS = 3
 DERIVED_TENSORS = ("anchors", "anchor_grid", "stride", "strides", "num_batches_tracked")
 """Last parts of names that a checkpoint stores beside the layers' weights; the metadata hold what they say."""
 
+MAX_TENSORS = 100_000
+"""A hundred times as many as the largest YOLOv5 model has."""
+
+STATISTICS = (".running_mean", ".running_var")
+"""What BatchNorm measures, as opposed to what it learns."""
+
 
 @dataclass(frozen=True)
 class LayerSummary:
@@ -27,10 +37,14 @@ class LayerSummary:
     Attributes:
         layer: The row of the yaml.
         shapes: Shape of each output, (batch, channels, height, width).
+        parameters: Trained values; BatchNorm has two a channel, its statistics do not count, as in YOLOv5.
+        operations: Multiplications and additions of its convolutions and matrix products for one picture.
     """
 
     layer: Layer
     shapes: tuple[tuple[int, ...], ...]
+    parameters: int
+    operations: int
 
 
 class NetworkBuilder:
@@ -67,10 +81,8 @@ class NetworkBuilder:
         self._network = network
         self.graph = ModelGraph.from_metadata(weights.metadata)
         self.summary: list[LayerSummary] = []
-        self._tensors = _UsedTensors(weights.tensors)
-        self._ops = Ops(
-            network, trt, replace(weights, tensors=self._tensors), compute_dtype, explain, io_dtype=io_dtype
-        )
+        self._weights = _UsedWeights(weights.tensors, weights.metadata, source=weights)
+        self._ops = self._make_ops(network, trt, self._weights, compute_dtype, explain, io_dtype)
 
     @property
     def keep_alive(self) -> list[Any]:
@@ -108,8 +120,10 @@ class NetworkBuilder:
             width: Input width in pixels, likewise.
 
         Returns:
-            The heads by name: ``head0`` (finest level) and on, each of the compute type and
-            (batch, anchors x (5 + classes), height / stride, width / stride).
+            The network's outputs by name, of the compute type. Detection: ``head0`` and on, a level each, in the
+            model's order (finest first, but for release 1.0), (batch, anchors x (5 + classes), height / stride, width /
+            stride). Segmentation: the same with mask coefficients after the classes, and ``prototypes`` (batch,
+            coefficients, height / 4, width / 4). Classification: ``logits`` (batch, classes).
 
         Raises:
             GraphError: if a block is unknown, or its arguments or the image size do not fit.
@@ -123,15 +137,31 @@ class NetworkBuilder:
         self._check_no_tensor_is_left()
         return heads
 
+    def _make_ops(
+        self, network: Any, trt: Any, weights: Weights, compute_dtype: Any, explain: Callable[[], str], io_dtype: Any
+    ) -> Ops:
+        """What adds the layers."""
+        return Ops(network, trt, weights, compute_dtype, explain, io_dtype=io_dtype)
+
     def _add_layers(self, image: Tensor) -> dict[str, Tensor]:
         """Add all layers of the yaml; returns what the head gives."""
         tensors: dict[int, Any] = {INPUT: image}
         for layer in self.graph.layers:
+            parameters, operations = self._weights.parameter_count_used, self._ops.operations
             tensors[layer.index] = self._add(layer, tensors)
-            self._summarise(layer, tensors[layer.index])
+            result = tensors[layer.index]
+            outputs = result.values() if isinstance(result, dict) else [result]
+            self.summary.append(
+                LayerSummary(
+                    layer,
+                    shapes=tuple(tuple(tensor.shape) for tensor in outputs),
+                    parameters=self._weights.parameter_count_used - parameters,
+                    operations=self._ops.operations - operations,
+                )
+            )
         heads = tensors[self.graph.head.index]
         if not isinstance(heads, dict):
-            raise GraphError(f"{self.graph.head} ends the network but is no head: expected Detect")
+            raise GraphError(f"{self.graph.head} ends the network but is no head: expected Detect, Segment or Classify")
         return heads
 
     def _add(self, layer: Layer, tensors: Mapping[int, Tensor]) -> Any:
@@ -150,6 +180,8 @@ class NetworkBuilder:
             raise type(error)(f"{layer}: {error}") from error
         except (TypeError, ValueError, ArithmeticError) as problem:
             raise GraphError(f"{layer} cannot take the arguments {layer.args!r:.120} ({problem})") from problem
+        except MemoryError as problem:
+            raise GraphError(f"{layer} is too large for this machine's memory") from problem
         except (AttributeError, RuntimeError) as problem:
             raise NetworkError(f"{layer}: the library failed ({problem}): report this with its version") from problem
 
@@ -158,8 +190,8 @@ class NetworkBuilder:
         metadata = self._ops.weights.metadata
         release = f", of YOLOv5 {metadata.version}" if metadata.version else ""
         return (
-            f"{layer} is a block that this version does not know; the model is for the task {metadata.task}{release}, "
-            f"and detection models of v6.0 to v7.0 are what works: known blocks are {', '.join(sorted(BLOCKS))}"
+            f"{layer} is a block that this version does not know; the model is for the task {metadata.task}{release}: "
+            f"known blocks are {', '.join(sorted(BLOCKS))}"
         )
 
     def _call(self, layer: Layer, known: Block, x: Any) -> Any:
@@ -176,10 +208,6 @@ class NetworkBuilder:
         for copy in range(layer.repeats):
             x = known.build(self._ops, x, f"{layer.name}.{copy}", *args)
         return x
-
-    def _summarise(self, layer: Layer, result: Any) -> None:
-        outputs = result.values() if isinstance(result, dict) else [result]
-        self.summary.append(LayerSummary(layer, tuple(tuple(tensor.shape) for tensor in outputs)))
 
     def _check_input(self, height: int, width: int) -> None:
         if self.graph.input_channels != PICTURE_CHANNELS:
@@ -206,37 +234,78 @@ class NetworkBuilder:
                 )
 
     def _check_no_tensor_is_left(self) -> None:
-        left = sorted(name for name in self._tensors.unused() if name.rsplit(".", 1)[-1] not in DERIVED_TENSORS)
+        left = sorted(name for name in self._weights.unused() if name.rsplit(".", 1)[-1] not in DERIVED_TENSORS)
         if left:
             raise WeightsError(
                 f"tensor {left[0]} ({len(left)} in all) is not used by the graph: the weights do not belong to it"
             )
 
 
-class _UsedTensors(Mapping[str, FloatArray]):
-    """A mapping that remembers what was read from it."""
+def summarise(weights: Weights, height: int, width: int) -> list[LayerSummary]:
+    """What a build would see of each layer, without building: no array is computed.
 
-    def __init__(self, tensors: Mapping[str, FloatArray]) -> None:
-        self._tensors = tensors
-        self._used: set[str] = set()
+    Args:
+        weights: The model; without tensors, those that its graph needs are taken to be there.
+        height: Input height in pixels.
+        width: Input width in pixels.
 
-    def __getitem__(self, name: str) -> FloatArray:
-        array = self._tensors[name]
-        self._used.add(name)
+    Raises:
+        GraphError, NetworkError, WeightsError: as `NetworkBuilder.build`.
+    """
+    if not weights.tensors:
+        weights = _ImaginedWeights({}, weights.metadata)
+    outline = _OutlineBuilder(recorder.Network(), recorder, weights, compute_dtype=recorder.float32)
+    outline.build(1, height, width)
+    return outline.summary
+
+
+class _OutlineBuilder(NetworkBuilder):
+    """Walks through the layers without looking at a single weight's value."""
+
+    def _make_ops(
+        self, network: Any, trt: Any, weights: Weights, compute_dtype: Any, explain: Callable[[], str], io_dtype: Any
+    ) -> Ops:
+        return OutlineOps(network, trt, weights, compute_dtype, explain, io_dtype=io_dtype)
+
+
+@dataclass(frozen=True)
+class _ImaginedWeights(Weights):
+    """Has every tensor that is asked for; the values mean nothing."""
+
+    names: set[str] = field(default_factory=set)
+
+    def take(self, name: str, shape: tuple[int, ...]) -> FloatArray:
+        self.names.add(name)
+        if len(self.names) > MAX_TENSORS or math.prod(shape) > MAX_TENSOR_VOLUME:
+            raise WeightsError(f"tensor {name} with shape {shape} is one that no YOLOv5 model has: check its metadata")
+        return np.empty(shape, np.float32)
+
+
+@dataclass(frozen=True)
+class _UsedWeights(Weights):
+    """Weights that remember what was taken from them.
+
+    Attributes:
+        source: The weights.
+        taken: Number of values of each tensor that was taken.
+    """
+
+    source: Weights
+    taken: dict[str, int] = field(default_factory=dict)
+
+    def take(self, name: str, shape: tuple[int, ...]) -> FloatArray:
+        array = self.source.take(name, shape)
+        self.taken[name] = array.size
         return array
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+    @property
+    def parameter_count_used(self) -> int:
+        """Values that training changes in the tensors that were taken."""
+        return sum(size for name, size in self.taken.items() if not name.endswith(STATISTICS))
 
     def unused(self) -> set[str]:
-        """Names that were never read."""
-        return set(self._tensors) - self._used
+        """Names that were never taken."""
+        return set(self.tensors) - self.taken.keys()
 
 
 def _channel_count(args: list[Any]) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from yolotrt.errors import GraphError
@@ -17,6 +17,10 @@ from yolotrt.weights.model import Anchors, Metadata
 
 INPUT = -1
 """The source index that stands for the network's input."""
+
+PLAIN_CONV = "nn.Conv2d"
+HEAD_CHANNELS = "na * (nc + 5)"
+"""How release 1.0's yaml gives the channels of a head."""
 
 MAX_LAYERS = 1000
 MAX_REPEATS = 1000
@@ -88,8 +92,28 @@ class ModelGraph:
 
     @property
     def head_channels(self) -> int:
-        """Channels of each raw head: anchors x (x, y, width, height, objectness, classes)."""
+        """Channels of each raw head without mask coefficients: anchors x (x, y, width, height, objectness, classes)."""
         return self.anchors_per_level * (self.class_count + 5)
+
+    @property
+    def output_channels(self) -> int:
+        """Channels of each raw head."""
+        return self.head_channels + self.anchors_per_level * self.mask_count
+
+    @property
+    def mask_count(self) -> int:
+        """Mask coefficients of each row, which is the number of prototypes; 0 without segmentation."""
+        return self._segment_argument(2, 32) if self.head.block == "Segment" else 0
+
+    @property
+    def prototype_channels(self) -> int:
+        """Channels inside the prototypes' convolutions."""
+        return self.scaled_width(self._segment_argument(3, 256))
+
+    @property
+    def has_separate_heads(self) -> bool:
+        """Whether the heads are rows before Detect, which then has no convolutions, as in release 1.0."""
+        return all(source != INPUT and self.layers[source].block == PLAIN_CONV for source in self.head.sources)
 
     @property
     def size_multiple(self) -> int:
@@ -101,6 +125,13 @@ class ModelGraph:
         if channels == self.head_channels:
             return channels
         return math.ceil(channels * self.width_multiple / self.channel_multiple) * self.channel_multiple
+
+    def _segment_argument(self, index: int, default: int) -> int:
+        """An argument of Segment: [classes, anchors, mask coefficients, prototype channels]."""
+        value = self.head.args[index] if len(self.head.args) > index else default
+        if not _is_integer(value) or not 1 <= int(str(value)) <= MAX_CHANNELS:
+            raise GraphError(f"{self.head} has the argument {value!r:.80}: expected a number from 1 to {MAX_CHANNELS}")
+        return int(str(value))
 
     @classmethod
     def from_metadata(cls, metadata: Metadata) -> ModelGraph:
@@ -117,8 +148,13 @@ class ModelGraph:
                 f"the model's yaml has {len(rows)} layers: expected 1 to {MAX_LAYERS}: export the weights again"
             )
         symbols: dict[str, Argument] = {**_LITERALS, "nc": len(metadata.names), "anchors": metadata.anchors}
+        if metadata.anchors:
+            symbols[HEAD_CHANNELS] = len(metadata.anchors[0]) * (len(metadata.names) + 5)
+        layers = [_layer(index, row, depth, symbols) for index, row in enumerate(rows)]
+        if layers[-1].block == "Detect" and not layers[-1].sources:
+            layers[-1] = replace(layers[-1], sources=_separate_heads(layers))
         return cls(
-            layers=tuple(_layer(index, row, depth, symbols) for index, row in enumerate(rows)),
+            layers=tuple(layers),
             class_count=len(metadata.names),
             anchors=metadata.anchors,
             strides=metadata.strides,
@@ -126,6 +162,11 @@ class ModelGraph:
             channel_multiple=int(_number(yaml, "channel_multiple", 8, low=1, high=1024)),
             input_channels=int(_number(yaml, "ch", 3, low=1, high=1024)),
         )
+
+
+def _separate_heads(layers: Sequence[Layer]) -> tuple[int, ...]:
+    """What Detect reads where its row does not say: all heads, last first (YOLOv5 1.0 models/yolo.py, parse_model)."""
+    return tuple(layer.index for layer in reversed(layers) if layer.block == PLAIN_CONV)
 
 
 def _number(yaml: Mapping[str, Any], key: str, default: float, *, low: float, high: float) -> float:

@@ -167,7 +167,7 @@ def _convolution(writer: _Writer, layer: rec.ConvolutionLayer) -> None:
         {
             "kernel_shape": layer.kernel_size_nd,
             "strides": tuple(layer.stride_nd),
-            "pads": tuple(layer.padding_nd) * 2,
+            "pads": (*layer.pre_padding, *layer.post_padding),
             "dilations": tuple(layer.dilation_nd),
             "group": layer.num_groups,
         },

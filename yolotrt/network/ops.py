@@ -6,6 +6,7 @@ TensorRT's own, TensorRT-RTX's, or the recorder that writes ONNX.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy.typing as npt
 
 from yolotrt.errors import NetworkError, WeightsError
 from yolotrt.weights import Weights
-from yolotrt.weights.folding import folded_convolution
+from yolotrt.weights.folding import batch_norm, convolution_parts, folded_convolution, folded_part
+from yolotrt.weights.model import FloatArray
 
 Tensor = Any
 """An `ITensor` of the library in use."""
@@ -33,6 +35,7 @@ class Ops:
     Attributes:
         weights: The model's arrays and metadata.
         convolutions: Names of the convolutions that were added.
+        operations: Multiplications and additions of all convolutions and matrix products so far, for one picture.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Ops:
         self._io_dtype = trt.float32 if io_dtype is None else io_dtype
         self._numpy_dtype = np.float16 if compute_dtype == trt.float16 else np.float32
         self._explain = explain
+        self.operations = 0
         # TensorRT reads some arrays as late as in the build, by pointer: each must outlive it.
         self.keep_alive: list[npt.NDArray[Any]] = []
         self.convolutions: list[str] = []
@@ -84,8 +88,8 @@ class Ops:
         self,
         x: Tensor,
         name: str,
-        kernel: npt.NDArray[np.float32],
-        bias: npt.NDArray[np.float32],
+        kernel: FloatArray,
+        bias: FloatArray,
         *,
         stride: Pair = (1, 1),
         padding: Pair = (0, 0),
@@ -102,7 +106,9 @@ class Ops:
         layer.dilation_nd = dilation
         layer.num_groups = groups
         self.convolutions.append(name)
-        return self._checked(layer, name)
+        y = self._checked(layer, name)
+        self._count(kernel.size * y.shape[2] * y.shape[3] + math.prod(y.shape[1:]))
+        return y
 
     def conv_batch_norm(
         self,
@@ -117,16 +123,134 @@ class Ops:
         groups: int = 1,
     ) -> Tensor:
         """Convolution ``NAME.conv`` with BatchNorm ``NAME.bn`` folded into it."""
-        shape = (out_channels, self._channels_per_group(x, groups, name), *kernel_size)
-        kernel, bias = folded_convolution(self.weights, name, shape)
+        shape = (out_channels, _per_group(channels(x), groups, name), *kernel_size)
+        kernel, bias = self._folded(name, shape)
         return self.convolution(
             x, f"{name}.conv", kernel, bias, stride=stride, padding=padding, dilation=dilation, groups=groups
         )
 
-    def conv_with_bias(self, x: Tensor, name: str, out_channels: int, kernel_size: Pair = (1, 1)) -> Tensor:
-        """A plain convolution of stride 1 with its own bias: ``NAME.weight``, ``NAME.bias``."""
-        kernel = self.weights.take(f"{name}.weight", (out_channels, channels(x), *kernel_size))
-        return self.convolution(x, name, kernel, self.weights.take(f"{name}.bias", (out_channels,)))
+    def space_to_depth_conv(
+        self, x: Tensor, name: str, out_channels: int, kernel_size: Pair, *, stride: Pair, padding: Pair, groups: int
+    ) -> Tensor:
+        """Focus: the four neighbours of every second pixel become channels, then ``NAME.conv`` with ``NAME.bn``.
+
+        A kernel over such channels is a kernel of twice the size over the pixels themselves, at twice the stride and
+        padding. So it is one convolution here, which reads the picture once.
+        """
+        in_channels = 4 * channels(x)
+        shape = (out_channels, _per_group(in_channels, groups, name), *kernel_size)
+        kernel, bias = self._folded(name, shape)
+        return self.convolution(
+            x,
+            f"{name}.conv",
+            _over_pixels(_ungrouped(kernel, groups)),
+            bias,
+            stride=(2 * stride[0], 2 * stride[1]),
+            padding=(2 * padding[0], 2 * padding[1]),
+        )
+
+    def conv_before_shared_norm(
+        self, x: Tensor, name: str, out_channels: int, *, norm: str, norm_channels: int, first: int
+    ) -> Tensor:
+        """1x1 convolution ``NAME`` whose output is channels `first` and on of what BatchNorm `norm` takes."""
+        shape = (out_channels, channels(x), 1, 1)
+        kernel, bias = self._folded_part(name, shape, norm, norm_channels, first)
+        return self.convolution(x, name, kernel, bias)
+
+    def conv_with_bias(
+        self,
+        x: Tensor,
+        name: str,
+        out_channels: int,
+        kernel_size: Pair = (1, 1),
+        *,
+        stride: Pair = (1, 1),
+        padding: Pair = (0, 0),
+        dilation: Pair = (1, 1),
+        groups: int = 1,
+        has_bias: bool = True,
+    ) -> Tensor:
+        """A convolution without BatchNorm: ``NAME.weight`` and, where it has one, ``NAME.bias``."""
+        shape = (out_channels, _per_group(channels(x), groups, name), *kernel_size)
+        kernel = self.weights.take(f"{name}.weight", shape)
+        bias = self._bias(name, out_channels, has_bias=has_bias)
+        return self.convolution(x, name, kernel, bias, stride=stride, padding=padding, dilation=dilation, groups=groups)
+
+    def transposed_conv(
+        self,
+        x: Tensor,
+        name: str,
+        out_channels: int,
+        kernel_size: Pair,
+        *,
+        stride: Pair = (1, 1),
+        padding: Pair = (0, 0),
+        output_padding: Pair = (0, 0),
+        groups: int = 1,
+        has_bias: bool = True,
+    ) -> Tensor:
+        """Transposed convolution ``NAME.weight``, ``NAME.bias``, with torch.nn.ConvTranspose2d's parameters.
+
+        What `output_padding` adds at the end is what less padding there leaves.
+        """
+        after = (padding[0] - output_padding[0], padding[1] - output_padding[1])
+        if min(after) < 0:
+            raise NetworkError(f"{name}: an output padding of {output_padding} is larger than the padding {padding}")
+        kernel = self.weights.take(
+            f"{name}.weight", (channels(x), _per_group(out_channels, groups, name), *kernel_size)
+        )
+        bias = self._bias(name, out_channels, has_bias=has_bias)
+        layer = self._network.add_deconvolution_nd(
+            x, out_channels, kernel_size, self._constant(kernel, name), self._constant(bias, name)
+        )
+        self._require(layer, name)
+        layer.stride_nd = stride
+        layer.pre_padding = padding
+        layer.post_padding = after
+        layer.num_groups = groups
+        y = self._checked(layer, name)
+        self._count(kernel.size * x.shape[2] * x.shape[3] + math.prod(y.shape[1:]))
+        return y
+
+    def linear(self, x: Tensor, name: str, kernel: FloatArray, bias: FloatArray | None = None) -> Tensor:
+        """A linear layer at every pixel, which is a 1x1 convolution; `kernel` is (out, in), `bias` (out,) or none."""
+        bias = np.zeros(kernel.shape[0], np.float32) if bias is None else bias
+        return self.convolution(x, name, kernel[:, :, None, None], bias)
+
+    def reshape(
+        self, x: Tensor, name: str, shape: tuple[int, ...], *, then_transpose: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """Give `x` another shape, without the batch, which stays; `then_transpose` orders its axes, batch included."""
+        layer = self._network.add_shuffle(x)
+        self._require(layer, name)
+        layer.reshape_dims = (0, *shape)  # 0: as it is, which may be dynamic
+        if then_transpose is not None:
+            layer.second_transpose = then_transpose
+        return self._checked(layer, name)
+
+    def softmax(self, x: Tensor, name: str, axis: int) -> Tensor:
+        """Softmax along `axis`."""
+        layer = self._network.add_softmax(x)
+        self._require(layer, name)
+        layer.axes = 1 << axis
+        return self._checked(layer, name)
+
+    def matrix_multiply(
+        self, a: Tensor, b: Tensor, name: str, *, transpose_a: bool = False, transpose_b: bool = False
+    ) -> Tensor:
+        """Product of the matrices in the last two axes."""
+        plain, transposed = self._trt.MatrixOperation.NONE, self._trt.MatrixOperation.TRANSPOSE
+        operations = (transposed if transpose_a else plain, transposed if transpose_b else plain)
+        product = self._checked(self._network.add_matrix_multiply(a, operations[0], b, operations[1]), name)
+        self._count(math.prod(product.shape[1:]) * a.shape[-2 if transpose_a else -1])
+        return product
+
+    def mean_of_pixels(self, x: Tensor, name: str) -> Tensor:
+        """Average of all pixels of each channel: (batch, channels, 1, 1)."""
+        vertical, horizontal = 1 << 2, 1 << 3
+        return self._checked(
+            self._network.add_reduce(x, self._trt.ReduceOperation.AVG, vertical | horizontal, True), name
+        )
 
     def activation(self, x: Tensor, name: str, kind: str) -> Tensor:
         """Apply the activation that the checkpoint names: ``SiLU``, ``LeakyReLU(0.1)``, ``Identity`` ...
@@ -194,7 +318,24 @@ class Ops:
         same = self._io_dtype == self._compute_dtype
         return x if same else self._checked(self._network.add_cast(x, dtype), name)
 
-    def _constant(self, array: npt.NDArray[np.float32], name: str) -> Any:
+    def _folded(self, name: str, kernel_shape: tuple[int, ...]) -> tuple[FloatArray, FloatArray]:
+        """See `folded_convolution`."""
+        return folded_convolution(self.weights, name, kernel_shape)
+
+    def _folded_part(
+        self, name: str, kernel_shape: tuple[int, ...], norm: str, norm_channels: int, first: int
+    ) -> tuple[FloatArray, FloatArray]:
+        """See `folded_part`."""
+        return folded_part(self.weights, name, kernel_shape, norm, norm_channels, first)
+
+    def _count(self, products: int) -> None:
+        """Add to the operations: each product, and each bias, is one multiplication and one addition.
+
+        So thop counts, whose figures YOLOv5 publishes.
+        """
+        self.operations += 2 * int(products)
+
+    def _constant(self, array: FloatArray, name: str) -> Any:
         """`array` as the library's `Weights` in the compute type, kept alive."""
         if not np.isfinite(array).all():
             raise WeightsError(
@@ -206,11 +347,9 @@ class Ops:
         self.keep_alive.append(kept)
         return self._trt.Weights(kept)
 
-    def _channels_per_group(self, x: Tensor, groups: int, name: str) -> int:
-        """Input channels of each group of a convolution."""
-        if groups < 1 or channels(x) % groups:
-            raise NetworkError(f"{name}: {channels(x)} input channels cannot be split into {groups} groups")
-        return channels(x) // groups
+    def _bias(self, name: str, out_channels: int, *, has_bias: bool) -> FloatArray:
+        """``NAME.bias``, or zeros."""
+        return self.weights.take(f"{name}.bias", (out_channels,)) if has_bias else np.zeros(out_channels, np.float32)
 
     def _require(self, layer: Any, name: str) -> None:
         """Raise if the library refused to add the layer."""
@@ -238,9 +377,62 @@ class Ops:
         return f" ({reason})" if reason else ""
 
 
+class OutlineOps(Ops):
+    """Adds layers whose weights have the right shapes and no values: untouched memory costs nothing."""
+
+    def _folded(self, name: str, kernel_shape: tuple[int, ...]) -> tuple[FloatArray, FloatArray]:
+        convolution_parts(self.weights, name, kernel_shape)
+        return np.empty(kernel_shape, np.float32), np.empty(kernel_shape[0], np.float32)
+
+    def _folded_part(
+        self,
+        name: str,
+        kernel_shape: tuple[int, ...],
+        norm: str,
+        norm_channels: int,
+        first: int,  # noqa: ARG002 - all parts have one shape
+    ) -> tuple[FloatArray, FloatArray]:
+        self.weights.take(f"{name}.weight", kernel_shape)
+        batch_norm(self.weights, norm, norm_channels)
+        return np.empty(kernel_shape, np.float32), np.empty(kernel_shape[0], np.float32)
+
+    def _constant(self, array: FloatArray, name: str) -> Any:  # noqa: ARG002 - nothing can be wrong with no values
+        return self._trt.Weights(np.empty(array.shape, self._numpy_dtype))
+
+
 def channels(x: Tensor) -> int:
     """Number of channels of a (batch, channels, height, width) tensor."""
     return int(x.shape[1])
+
+
+def _per_group(count: int, groups: int, name: str) -> int:
+    """Channels of each group of a convolution."""
+    if groups < 1 or count % groups:
+        raise NetworkError(f"{name}: {count} channels cannot be split into {groups} groups")
+    return count // groups
+
+
+def _ungrouped(kernel: FloatArray, groups: int) -> FloatArray:
+    """A grouped convolution's kernel as that of one group, with zeros where it does not look."""
+    if groups == 1:
+        return kernel
+    out_channels, per_group, *size = kernel.shape
+    dense = np.zeros((groups, out_channels // groups, groups, per_group, *size), np.float32)
+    for group, part in enumerate(np.split(kernel, groups)):
+        dense[group, :, group] = part
+    return dense.reshape(out_channels, groups * per_group, *size)
+
+
+def _over_pixels(kernel: FloatArray) -> FloatArray:
+    """The kernel (out, 4 x channels, h, w) over Focus's channels as one over pixels, (out, channels, 2h, 2w).
+
+    Focus joins the pixels at even rows and columns, odd rows, odd columns, odd both, in this order (YOLOv5
+    models/common.py).
+    """
+    out_channels, in_channels, height, width = kernel.shape
+    parts = kernel.reshape(out_channels, 2, 2, in_channels // 4, height, width)  # (out, dx, dy, channels, h, w)
+    pixels: FloatArray = parts.transpose(0, 3, 4, 2, 5, 1)  # (out, channels, h, dy, w, dx)
+    return pixels.reshape(out_channels, in_channels // 4, 2 * height, 2 * width)
 
 
 def _slope(argument: str, name: str) -> float | None:

@@ -286,9 +286,19 @@ class ConvolutionLayer(Layer):
         self.kernel = kernel
         self.bias = bias
         self.stride_nd: Sequence[int] = (1, 1)
-        self.padding_nd: Sequence[int] = (0, 0)
+        self.pre_padding: Sequence[int] = (0, 0)
+        self.post_padding: Sequence[int] = (0, 0)
         self.dilation_nd: Sequence[int] = (1, 1)
         self.num_groups = 1
+
+    @property
+    def padding_nd(self) -> Sequence[int]:
+        """Padding before the first row and column, and, once it is set, after the last."""
+        return self.pre_padding
+
+    @padding_nd.setter
+    def padding_nd(self, padding: Sequence[int]) -> None:
+        self.pre_padding = self.post_padding = padding
 
     def kernel_shape(self) -> Shape:
         """Shape of the kernel: (out, in / groups, height, width); transposed (in, out / groups, height, width)."""
@@ -305,10 +315,11 @@ class ConvolutionLayer(Layer):
         self.require(self.num_output_maps >= 1, f"{self.num_output_maps} output channels")
         kernel_size = self.require_pair("kernel_size_nd", 1)
         stride, dilation = self.require_pair("stride_nd", 1), self.require_pair("dilation_nd", 1)
-        padding = self.require_pair("padding_nd", 0)
+        before, after = self.require_pair("pre_padding", 0), self.require_pair("post_padding", 0)
         self._check_groups(x.shape[1])
         self._check_weights(x.dtype)
         size_rule = _transposed_size if self.transposed else _window_size
+        padding = [sum(ends) for ends in zip(before, after, strict=True)]
         sizes = [size_rule(*values) for values in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)]
         self.require(
             all(size > 0 or size == DYNAMIC for size in sizes), f"kernel {kernel_size} is larger than the padded input"
@@ -413,7 +424,8 @@ class PoolingLayer(Layer):
             all(p < w for p, w in zip(padding, window, strict=True)), f"padding {padding} is not below window {window}"
         )
         sizes = [
-            _window_size(size, w, s, p, 1) for size, w, s, p in zip(x.shape[2:], window, stride, padding, strict=True)
+            _window_size(size, w, s, 2 * p, 1)
+            for size, w, s, p in zip(x.shape[2:], window, stride, padding, strict=True)
         ]
         self.require(
             all(size > 0 or size == DYNAMIC for size in sizes), f"window {window} is larger than the padded input"
@@ -959,13 +971,13 @@ def _check_profile(profile: OptimizationProfile, inputs: Sequence[Tensor]) -> No
 
 
 def _window_size(size: int, window: int, stride: int, padding: int, dilation: int) -> int:
-    """Output size of a convolution or pooling, rounded down."""
-    return DYNAMIC if size == DYNAMIC else (size + 2 * padding - dilation * (window - 1) - 1) // stride + 1
+    """Output size of a convolution or pooling, rounded down; `padding` is that of both ends together."""
+    return DYNAMIC if size == DYNAMIC else (size + padding - dilation * (window - 1) - 1) // stride + 1
 
 
 def _transposed_size(size: int, window: int, stride: int, padding: int, dilation: int) -> int:
-    """Output size of a transposed convolution."""
-    return DYNAMIC if size == DYNAMIC else (size - 1) * stride - 2 * padding + dilation * (window - 1) + 1
+    """Output size of a transposed convolution; `padding` is that of both ends together."""
+    return DYNAMIC if size == DYNAMIC else (size - 1) * stride - padding + dilation * (window - 1) + 1
 
 
 def _matrix_shape(shape: Shape, operation: Any) -> Shape:

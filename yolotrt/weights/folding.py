@@ -68,6 +68,35 @@ def fold_batch_norm(
         return _finite_float32(folded_weight, f"{name}.conv.weight"), _finite_float32(folded_bias, f"{name}.conv.bias")
 
 
+def folded_part(
+    weights: Weights, name: str, kernel_shape: tuple[int, ...], norm: str, channels: int, first: int
+) -> tuple[FloatArray, FloatArray]:
+    """Kernel and bias of a convolution whose output is a part of what one BatchNorm takes.
+
+    A BatchNorm after a concatenation scales and shifts each channel by itself, so its parts fold into the convolutions
+    that are joined (YOLOv5 models/common.py, BottleneckCSP).
+
+    Args:
+        weights: Where ``NAME.weight`` and ``NORM.weight, .bias, .running_mean, .running_var`` are.
+        name: The convolution, which has no bias, such as ``model.2.cv2``.
+        kernel_shape: The shape that the kernel must have, (out, in, height, width).
+        norm: The BatchNorm, such as ``model.2.bn``.
+        channels: Channels of the BatchNorm.
+        first: The one that the convolution's first output is.
+
+    Returns:
+        float32 kernel of `kernel_shape`, and bias, (out,).
+
+    Raises:
+        WeightsError: if an array is missing, of another shape, or BatchNorm's numbers are broken.
+    """
+    kernel = weights.take(f"{name}.weight", kernel_shape)
+    own = slice(first, first + kernel_shape[0])
+    gamma, beta, mean, variance = (values[own] for values in batch_norm(weights, norm, channels))
+    epsilon = weights.metadata.epsilon_of(norm)
+    return fold_batch_norm(kernel, gamma, beta, mean, variance, epsilon, name=norm.removesuffix(".bn"))
+
+
 def folded_convolution(
     weights: Weights, name: str, kernel_shape: tuple[int, ...], *, channel_axis: int = 0
 ) -> tuple[FloatArray, FloatArray]:
@@ -86,23 +115,29 @@ def folded_convolution(
     Raises:
         WeightsError: if an array is missing, of another shape, or BatchNorm's numbers are broken.
     """
-    channels = (kernel_shape[channel_axis],)
+    kernel, bias, statistics = convolution_parts(weights, name, kernel_shape, channel_axis=channel_axis)
+    if statistics is None:
+        return kernel, np.zeros(kernel_shape[channel_axis], np.float32) if bias is None else bias
+    gamma, beta, mean, variance = statistics
+    epsilon = weights.metadata.epsilon_of(f"{name}.bn")
+    return fold_batch_norm(kernel, gamma, beta, mean, variance, epsilon, bias, channel_axis=channel_axis, name=name)
+
+
+def convolution_parts(
+    weights: Weights, name: str, kernel_shape: tuple[int, ...], *, channel_axis: int = 0
+) -> tuple[FloatArray, FloatArray | None, list[FloatArray] | None]:
+    """Kernel, bias and BatchNorm of a YOLOv5 Conv block as the weights have them; see `folded_convolution`."""
+    channels = kernel_shape[channel_axis]
     kernel = weights.take(f"{name}.conv.weight", kernel_shape)
     has_bias = f"{name}.conv.bias" in weights.tensors
-    bias = weights.take(f"{name}.conv.bias", channels) if has_bias else None
-    if bias is not None and f"{name}.bn.weight" not in weights.tensors:
-        return kernel, bias
-    return fold_batch_norm(
-        kernel,
-        weights.take(f"{name}.bn.weight", channels),
-        weights.take(f"{name}.bn.bias", channels),
-        weights.take(f"{name}.bn.running_mean", channels),
-        weights.take(f"{name}.bn.running_var", channels),
-        weights.metadata.batch_norm_epsilon,
-        bias,
-        channel_axis=channel_axis,
-        name=name,
-    )
+    bias = weights.take(f"{name}.conv.bias", (channels,)) if has_bias else None
+    was_fused = has_bias and f"{name}.bn.weight" not in weights.tensors
+    return kernel, bias, None if was_fused else batch_norm(weights, f"{name}.bn", channels)
+
+
+def batch_norm(weights: Weights, name: str, channels: int) -> list[FloatArray]:
+    """Scale, shift, running mean and running variance of a BatchNorm."""
+    return [weights.take(f"{name}.{part}", (channels,)) for part in ("weight", "bias", "running_mean", "running_var")]
 
 
 def _finite_float32(values: npt.NDArray[Any], name: str) -> FloatArray:
