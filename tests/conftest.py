@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.reference import all_weights
 from yolotrt import BuildOptions, build_engine, load_weights
 from yolotrt.engines.file import EngineFile
 from yolotrt.weights import Metadata, Weights
@@ -92,6 +93,37 @@ def tiny_engine(tiny_weights: Weights) -> EngineFile:
 def tiny_dynamic_engine(tiny_weights: Weights) -> EngineFile:
     """An engine of `tiny_weights` for one to four pictures, in memory."""
     return build_engine(tiny_weights, backend="onnxruntime", options=BuildOptions(max_batch=4))
+
+
+@pytest.fixture(scope="session")
+def tiny_segment_engine() -> EngineFile:
+    """An engine for segmentation with random weights, for one or two pictures of 64 x 64 pixels."""
+    rows = [
+        [-1, 1, "Conv", [8, 6, 2, 2]],
+        [-1, 1, "Conv", [8, 3, 2]],
+        [-1, 1, "Conv", [8, 3, 2]],  # stride 8
+        [-1, 1, "Conv", [16, 3, 2]],  # stride 16
+        [[2, 3], 1, "Segment", ["nc", "anchors", 4, 8]],
+    ]
+    metadata = Metadata(
+        yaml={"nc": 3, "backbone": rows[:4], "head": rows[4:]},
+        names=TINY_CLASSES,
+        strides=(8, 16),
+        anchors=TINY_ANCHORS[:2],
+        task="segment",
+        imgsz=(TINY_SIZE, TINY_SIZE),
+    )
+    return build_engine(all_weights(metadata), backend="onnxruntime", options=BuildOptions(max_batch=2))
+
+
+@pytest.fixture(scope="session")
+def tiny_classifier_engine() -> EngineFile:
+    """A classifier's engine with random weights, for one or two pictures of 32 x 32 pixels."""
+    rows = [[-1, 1, "Conv", [8, 6, 2, 2]], [-1, 1, "Conv", [8, 3, 2]], [-1, 1, "Classify", ["nc"]]]
+    names = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu")
+    yaml = {"nc": len(names), "backbone": rows, "head": []}
+    metadata = Metadata(yaml=yaml, names=names, task="classify", imgsz=(32, 32))
+    return build_engine(all_weights(metadata), backend="onnxruntime", options=BuildOptions(max_batch=2))
 
 
 @pytest.fixture(scope="session")

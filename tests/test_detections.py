@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from yolotrt import Detections
+from yolotrt import Classification, Detections
 from yolotrt.errors import BackendUnavailableError
 
 NAMES = ("person", "bus", "tie")
@@ -107,3 +107,34 @@ def test_a_missing_supervision_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(BackendUnavailableError, match="run pip install supervision"):
         make().to_supervision()
+
+
+# --- classifications ---
+
+
+def classification(*probabilities: float) -> Classification:
+    return Classification(np.array(probabilities, np.float32), NAMES, (480, 640))
+
+
+def test_the_best_class_is_the_first_of_equals():
+    found = classification(0.2, 0.4, 0.4)
+    assert (found.class_id, found.name, found.confidence) == (1, "bus", pytest.approx(0.4))
+    assert found.counts() == {"bus": 1}
+
+
+@pytest.mark.parametrize(("count", "names"), [(1, ["tie"]), (2, ["tie", "person"]), (5, ["tie", "person", "bus"])])
+def test_the_best_classes_come_in_order(count, names):
+    best = classification(0.3, 0.1, 0.6).top(count)
+    assert [name for _, name, _ in best] == names
+    assert best[0] == (2, "tie", pytest.approx(0.6))
+    assert all(type(index) is int and type(probability) is float for index, _, probability in best)
+
+
+def test_every_class_needs_a_probability():
+    with pytest.raises(ValueError, match=r"probabilities \(2,\) for 3 classes"):
+        classification(0.5, 0.5)
+
+
+def test_every_detection_needs_a_mask():
+    with pytest.raises(ValueError, match="1 masks for 3 detections"):
+        dataclasses.replace(make(), masks=[np.zeros((480, 640), bool)])

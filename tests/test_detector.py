@@ -7,10 +7,10 @@ import cv2
 import numpy as np
 import pytest
 
-from yolotrt import BuildOptions, Detections, Detector, build_engine, load_weights
+from yolotrt import BuildOptions, Classification, Detections, Detector, build_engine, load_weights
 from yolotrt.engines.file import EngineFile
 from yolotrt.errors import EngineFileError, ImageError, InputError
-from yolotrt.preprocess import Letterbox
+from yolotrt.preprocess import CentreCrop, Letterbox
 
 PICTURE_SIZES = {"bus": (1080, 810), "zidane": (720, 1280)}
 
@@ -107,6 +107,101 @@ def test_a_batch_of_photos_equals_single_photos(golden, yolov5n_engine, golden_d
             assert found.names == single.names
             np.testing.assert_allclose(found.xyxy, single.xyxy, rtol=0, atol=0.01)
             np.testing.assert_allclose(found.confidence, single.confidence, rtol=0, atol=1e-4)
+
+
+# --- segmentation ---
+
+
+def letterboxed(golden: Path, name: str) -> np.ndarray:
+    """The official code's own input of a photo, as a BGR picture."""
+    planes = np.load(golden / "expected" / "yolov5n_det.npz")[f"{name}_square_input_u8_chw_rgb"]
+    return np.ascontiguousarray(planes[::-1].transpose(1, 2, 0))
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a & b).sum() / (a | b).sum())
+
+
+@pytest.mark.parametrize("name", ["bus", "zidane"])
+def test_masks_equal_the_official_ones(golden, golden_detector, name):
+    expected = np.load(golden / "expected" / "derived_seg_nc80_det.npz")
+    found = golden_detector("derived_seg_nc80")(letterboxed(golden, name))
+    assert found.class_id.tolist() == expected[f"{name}_square_cls"].tolist()
+    masks = np.unpackbits(expected[f"{name}_square_masks_net"], axis=-1).astype(bool)
+    assert found.mask.shape == masks.shape == (5, 640, 640)
+    for mask, official in zip(found.mask, masks, strict=True):
+        assert iou(mask, official) > 0.999  # measured: not a pixel differs
+
+
+@pytest.mark.parametrize("name", ["bus", "zidane"])
+def test_masks_of_a_photo_lie_where_those_of_its_letterboxed_input_do(golden, golden_detector, name):
+    expected = np.load(golden / "expected" / "derived_seg_nc80_det.npz")
+    found = golden_detector("derived_seg_nc80")(golden / "images" / f"{name}.jpg")
+    height, width = found.image_size
+    letterbox = Letterbox.fit((height, width), (640, 640))
+    masks = np.unpackbits(expected[f"{name}_square_masks_net"], axis=-1)
+    for mask, official in zip(found.mask, masks, strict=True):
+        inner = official[letterbox._rows, letterbox._columns]
+        # the official masks have the network's pixels, two of the picture's in zidane: the borders differ by half of one
+        assert iou(mask, cv2.resize(inner, (width, height), interpolation=cv2.INTER_NEAREST) > 0) > 0.94
+
+
+def test_a_segmentation_engine_gives_masks_in_batches(tiny_segment_engine):
+    pictures = [noise(48, 80, seed=index) for index in range(5)]
+    with Detector(tiny_segment_engine, confidence=0.3, max_detections=20) as detector:
+        found = detector(pictures)
+        for picture, detections in zip(pictures, found, strict=True):
+            assert len(detections) == len(detections.masks) > 0
+            assert detections.mask.shape == (len(detections), 48, 80)
+            np.testing.assert_array_equal(detector(picture).mask, detections.mask)
+        nothing = detector(np.zeros((8, 8, 3), np.uint8))
+        assert nothing.mask.shape == (len(nothing), 8, 8)
+    assert any(detections.mask.any() for detections in found)
+
+
+def test_a_detection_engine_gives_no_masks(detector):
+    assert detector(noise(48, 80)).mask is None
+
+
+def test_supervision_gets_the_masks(tiny_segment_engine):
+    pytest.importorskip("supervision")
+    with Detector(tiny_segment_engine, confidence=0.3) as detector:
+        found = detector(noise(48, 80))
+    np.testing.assert_array_equal(found.to_supervision().mask, found.mask)
+
+
+# --- classification ---
+
+
+def test_a_classifier_gives_probabilities(tiny_classifier_engine):
+    pictures = [noise(40, 60, seed=index) for index in range(5)]
+    with Detector(tiny_classifier_engine) as detector:
+        found = detector(pictures)
+        for picture, classification in zip(pictures, found, strict=True):
+            assert isinstance(classification, Classification)
+            assert classification.probabilities.shape == (7,)
+            assert classification.probabilities.sum() == pytest.approx(1, abs=1e-6)
+            assert classification.image_size == (40, 60)
+            np.testing.assert_allclose(detector(picture).probabilities, classification.probabilities, atol=1e-6)
+            assert isinstance(detector.submit([picture]).result()[0], Classification)
+        assert detector.timing.pictures == 15
+    assert len({classification.probabilities.tobytes() for classification in found}) == 5
+
+
+def test_a_classifiers_probabilities_are_the_softmax_of_its_scores(tiny_classifier_engine):
+    picture = noise(50, 50)
+    with Detector(tiny_classifier_engine) as detector:
+        found = detector(picture)
+        image = np.zeros((1, 3, 32, 32), np.float32)
+        CentreCrop((32, 32)).to_input(picture, image[0])
+        (logits,) = detector._session.run(image)
+        powers = np.exp(logits[0].astype(np.float64))
+        np.testing.assert_allclose(found.probabilities, powers / powers.sum(), rtol=1e-5)
+
+
+def test_classes_cannot_be_chosen_of_a_classifier(tiny_classifier_engine):
+    with pytest.raises(InputError, match="a classifier weighs all its classes against each other: choose none"):
+        Detector(tiny_classifier_engine, classes=["ant"])
 
 
 # --- what goes in ---

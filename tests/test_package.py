@@ -77,7 +77,8 @@ def test_every_public_name_is_there_and_documented(name):
 
 
 def test_the_public_names_are_those_of_the_documentation():
-    expected = {"Detector", "Detections", "build_engine", "load_weights", "BuildOptions", "YolotrtError", "__version__"}
+    results = {"Detections", "Classification"}
+    expected = {*results, "Detector", "build_engine", "load_weights", "BuildOptions", "YolotrtError", "__version__"}
     assert set(yolotrt.__all__) == expected
     assert set(yolotrt._HOMES) == expected - {"__version__"}
     star: dict[str, object] = {}

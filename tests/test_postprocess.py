@@ -27,6 +27,47 @@ GOLDEN_TAGS = (
 # --- YoloLayer ---
 
 
+def test_mask_coefficients_follow_the_classes_undecoded():
+    """YOLOv5 multiplies them by the objectness where rows become boxes."""
+    plain, masked = make_layer(2, 3, 4), make_layer(2, 3, 4)
+    masked = YoloLayer(masked.anchors.tolist(), masked.strides, 4, mask_count=3)
+    heads = make_heads(plain, spread=1)
+    coefficients = [
+        np.random.RandomState(7).standard_normal((*head.shape[:1], 3, 3, *head.shape[2:])) for head in heads
+    ]
+    joined = [
+        np.concatenate([head.reshape(len(head), 3, 9, *head.shape[2:]), extra], 2).astype(np.float32)
+        for head, extra in zip(heads, coefficients, strict=True)
+    ]
+    joined = [head.reshape(len(head), 36, *head.shape[3:]) for head in joined]
+    expected = [extra.transpose(0, 1, 3, 4, 2).reshape(len(extra), -1, 3) for extra in coefficients]
+    expected = np.concatenate(expected, 1).astype(np.float32)  # (batch, rows, coefficients)
+    full, best = masked.full(joined), masked.best(joined)
+    np.testing.assert_array_equal(full[..., :-3], plain.full(heads))
+    np.testing.assert_array_equal(full[..., -3:], expected)
+    np.testing.assert_array_equal(best[..., :6], plain.best(heads))
+    np.testing.assert_array_equal(best[..., 6:], expected * full[..., 4:5])
+    options = NmsOptions(confidence=0.2, iou=0.6)
+    for picture, rows in enumerate(masked.candidates(joined, 0.2)):
+        boxes = non_max_suppression(rows, options, mask_count=3)
+        without = non_max_suppression(plain.full(heads)[picture], options)
+        np.testing.assert_array_equal(boxes.xyxy, without.xyxy)
+        np.testing.assert_array_equal(boxes.class_id, without.class_id)
+        assert without.coefficients is None
+        for box, weights in zip(boxes.xyxy, boxes.coefficients, strict=True):
+            (row,) = np.flatnonzero((best[picture, :, :4] == box).all(1))
+            np.testing.assert_array_equal(weights, best[picture, row, 6:])
+        assert len(boxes)
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_boxes_of_one_row_share_its_coefficients(multi_label):
+    row = [50, 50, 20, 20, 0.5, 0.8, 0.9, 3.0, -4.0]
+    boxes = non_max_suppression(np.array([row], np.float32), NmsOptions(multi_label=multi_label), mask_count=2)
+    assert boxes.class_id.tolist() == ([1, 0] if multi_label else [1])
+    assert boxes.coefficients.tolist() == [[1.5, -2.0]] * len(boxes)
+
+
 def make_layer(levels: int, anchors: int, classes: int) -> YoloLayer:
     sides = np.random.RandomState(1).randint(4, 200, (levels, anchors, 2)).tolist()
     table = tuple(tuple((float(w), float(h)) for w, h in level) for level in sides)

@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from yolotrt.media.images import read_image
-from yolotrt.preprocess import LETTERBOX_RULE, PAD_VALUE, Letterbox
+from yolotrt.preprocess import LETTERBOX_RULE, PAD_VALUE, CentreCrop, Letterbox, input_rule
 
 SIDES = st.integers(1, 20_000)
 NETWORK_SIDES = st.integers(1, 40).map(lambda cells: 32 * cells)
@@ -238,3 +238,39 @@ def test_the_rule_in_words_says_what_the_code_does():
     assert out[:, 48, 48].tolist() == [0, 0, 1]
     assert LETTERBOX_RULE["scale"] == "1/255"
     assert out[0, 0, 0] == np.float32(114) / np.float32(255)
+
+
+# --- classifiers ---
+
+
+@pytest.mark.parametrize(
+    ("size", "network", "square"),
+    [
+        ((40, 60), (40, 40), (slice(None), slice(10, 50))),
+        ((61, 40), (40, 40), (slice(10, 50), slice(None))),  # of an odd surplus the larger part is cut off below
+        ((32, 32), (32, 32), (slice(None), slice(None))),
+        ((64, 100), (32, 48), (slice(None), slice(18, 82))),
+    ],
+)
+def test_a_classifier_sees_the_square_in_the_middle(size, network, square):
+    image = np.random.RandomState(0).randint(0, 256, (*size, 3), np.uint8)
+    expected = cv2.resize(image[square], network[::-1], interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_array_equal(CentreCrop(network).apply(image), expected)
+
+
+def test_a_classifiers_input_is_normalised_as_torch_does_it():
+    """ToTensor divides by 255, Normalize subtracts and divides in place, all in float32."""
+    torch = pytest.importorskip("torch", reason="torch, which computes the reference, is not installed")
+    image = np.random.RandomState(0).randint(0, 256, (32, 48, 3), np.uint8)
+    out = np.zeros((3, 32, 32), np.float32)
+    CentreCrop((32, 32)).to_input(image, out)
+    planes = np.ascontiguousarray(CentreCrop((32, 32)).apply(image).transpose(2, 0, 1)[::-1])
+    expected = torch.from_numpy(planes).float()
+    expected /= 255.0
+    mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    np.testing.assert_array_equal(out, expected.sub_(mean).div_(deviation).numpy())
+
+
+@pytest.mark.parametrize(("task", "rule"), [("detect", "pad_value"), ("segment", "pad_value"), ("classify", "crop")])
+def test_every_task_has_its_rule(task, rule):
+    assert rule in input_rule(task)

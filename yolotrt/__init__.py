@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from yolotrt.detections import Detections
+    from yolotrt.detections import Classification, Detections
     from yolotrt.detector import Detector
     from yolotrt.engines.base import BuildOptions
     from yolotrt.engines.build import build_engine
@@ -24,10 +24,20 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["BuildOptions", "Detections", "Detector", "YolotrtError", "__version__", "build_engine", "load_weights"]
+__all__ = [
+    "BuildOptions",
+    "Classification",
+    "Detections",
+    "Detector",
+    "YolotrtError",
+    "__version__",
+    "build_engine",
+    "load_weights",
+]
 
 _HOMES = {
     "BuildOptions": "yolotrt.engines.base",
+    "Classification": "yolotrt.detections",
     "Detections": "yolotrt.detections",
     "Detector": "yolotrt.detector",
     "YolotrtError": "yolotrt.errors",

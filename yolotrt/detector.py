@@ -6,16 +6,17 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from yolotrt.detections import Detections
+from yolotrt.detections import Classification, Detections
 from yolotrt.engines.base import Pending, Timing
 from yolotrt.engines.build import open_session
 from yolotrt.engines.file import EngineFile
 from yolotrt.errors import ImageError, InputError
+from yolotrt.masks import Masks
 from yolotrt.media.images import read_image
 from yolotrt.postprocess import Boxes, NmsOptions
 from yolotrt.preprocess import Letterbox
@@ -24,11 +25,15 @@ Image = npt.NDArray[np.uint8]
 Source = Image | str | Path
 """A picture or its path. Engines on a GPU also take device arrays, which mypy knows as Any."""
 
+Result = Detections | Any
+"""`Detections`, or of classifiers `Classification`: Any stands for the latter, so that code for one kind of model needs
+no test of the type to please a type checker, which still knows what detections have."""
+
 MAX_DETECTIONS_LIMIT = 30_000
 
 
 class Detector:
-    """Finds objects in pictures with an engine.
+    """Finds objects in pictures with an engine, or says what they show if the engine is a classifier's.
 
     Use a detector from one thread at a time. It is a context manager; `close` frees the engine.
 
@@ -60,12 +65,15 @@ class Detector:
             threads: CPU threads of ONNX Runtime; None takes one a physical core.
 
         Raises:
-            InputError: if a value is out of range.
+            InputError: if a value is out of range, or classes are chosen of a classifier.
             EngineFileError: if the engine cannot be used here.
             BackendUnavailableError: if the engine's library is not installed.
         """
         self.engine = engine if isinstance(engine, EngineFile) else EngineFile.load(engine)
         model = self.engine.header.model
+        self._is_classifier = model.task == "classify"
+        if self._is_classifier and classes is not None:
+            raise InputError("a classifier weighs all its classes against each other: choose none")
         self.options = _checked_options(
             NmsOptions(confidence, iou, max_detections, _class_indices(classes, model.names), agnostic=agnostic)
         )
@@ -83,20 +91,21 @@ class Detector:
         return self.engine.header.model.names
 
     @overload
-    def __call__(self, images: Source) -> Detections: ...  # type: ignore[overload-overlap]  # a str is a sequence too
+    def __call__(self, images: Source) -> Result: ...  # type: ignore[overload-overlap]  # a str is a sequence too
 
     @overload
-    def __call__(self, images: Sequence[Source]) -> list[Detections]: ...
+    def __call__(self, images: Sequence[Source]) -> list[Result]: ...
 
-    def __call__(self, images: Source | Sequence[Source]) -> Detections | list[Detections]:
-        """Detect objects.
+    def __call__(self, images: Source | Sequence[Source]) -> Result | list[Result]:
+        """Detect objects, or classify pictures, as the engine's model does.
 
         Args:
             images: A picture (uint8 BGR (height, width, 3), as OpenCV reads it, or a path), or a sequence of them,
                 which may differ in size.
 
         Returns:
-            The detections of the picture, or a list of them, one for each picture.
+            The picture's `Detections`, or its `Classification` if the engine is a classifier's; or a list of them, one
+            for each picture.
 
         Raises:
             ImageError: if a picture cannot be read, or an array is no picture.
@@ -120,6 +129,8 @@ class Detector:
         """
         self._require_open()
         frames = [_as_image(image) for image in images]
+        if self._is_classifier:
+            return _Classified(self._classify(frames))
         return PendingDetections(self, self._session.submit(frames, self.options), [_size(frame) for frame in frames])
 
     def frame_buffer(self, height: int, width: int) -> Image:
@@ -142,7 +153,15 @@ class Detector:
     ) -> None:
         self.close()
 
-    def _detect_all(self, images: Sequence[Source]) -> Iterator[Detections]:
+    def _classify(self, frames: Sequence[Image]) -> list[Result]:
+        """Classify a batch."""
+        probabilities = self._session.classify(frames)
+        return [
+            Classification(scores.copy(), self.class_names, _size(frame))
+            for scores, frame in zip(probabilities, frames, strict=True)
+        ]
+
+    def _detect_all(self, images: Sequence[Source]) -> Iterator[Result]:
         """Detect in batches as large as the engine takes."""
         size = self.engine.header.max_batch
         for start in range(0, len(images), size):
@@ -154,12 +173,14 @@ class Detector:
 
     def in_picture(self, boxes: Boxes, image_size: tuple[int, int]) -> Detections:
         """Boxes in network-input pixels scaled back to a picture of `image_size` (height, width)."""
+        letterbox = Letterbox.fit(image_size, self.engine.header.imgsz)
         return Detections(
-            xyxy=Letterbox.fit(image_size, self.engine.header.imgsz).inverse(boxes.xyxy),
+            xyxy=letterbox.inverse(boxes.xyxy),
             confidence=boxes.confidence,
             class_id=boxes.class_id.astype(np.int32),
             class_names=self.class_names,
             image_size=image_size,
+            masks=None if boxes.masks is None else Masks(boxes.masks, letterbox),
         )
 
 
@@ -171,19 +192,30 @@ class PendingDetections:
         self._boxes = boxes
         self._image_sizes = image_sizes
 
-    def result(self) -> list[Detections]:
-        """Wait for the batch; returns the detections of each picture.
+    def result(self) -> list[Result]:
+        """Wait for the batch; returns the detections of each picture, or of classifiers its classification.
 
         Raises:
             InferenceError: if the device failed.
         """
         found = self._boxes.result()
         began = time.perf_counter()
-        detections = [
+        detections: list[Result] = [
             self._detector.in_picture(boxes, size) for boxes, size in zip(found, self._image_sizes, strict=True)
         ]
         self._detector.timing.postprocess_ms += (time.perf_counter() - began) * 1e3
         return detections
+
+
+class _Classified(PendingDetections):
+    """A batch that a classifier has computed already."""
+
+    def __init__(self, classifications: list[Result]) -> None:
+        self._classifications = classifications
+
+    def result(self) -> list[Result]:
+        """See `PendingDetections.result`."""
+        return self._classifications
 
 
 def _as_image(source: Source) -> Image:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +27,66 @@ LETTERBOX_RULE = {
 }
 """How the input is made, in words, for the engine file."""
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
+"""Of the red, green and blue values in 0..1 (YOLOv5 utils/augmentations.py)."""
+
+CENTRE_CROP_RULE = {
+    "crop": "centre square",
+    "interpolation": "linear",
+    "color_order": "RGB",
+    "scale": "1/255",
+    "mean": list(IMAGENET_MEAN),
+    "deviation": list(IMAGENET_DEVIATION),
+}
+"""How a classifier's input is made, in words, for the engine file."""
+
 _UNIT_SCALE = (np.arange(256, dtype=np.float32) / np.float32(255)).astype(np.float32)
 """k / 255 for every pixel value k."""
+
+_NORMALISED = tuple(
+    ((_UNIT_SCALE - np.float32(mean)) / np.float32(deviation)).astype(np.float32)
+    for mean, deviation in zip(IMAGENET_MEAN, IMAGENET_DEVIATION, strict=True)
+)
+"""(k / 255 - mean) / deviation for every pixel value k, of red, green and blue."""
+
+
+def input_rule(task: str) -> dict[str, Any]:
+    """How the input of a model for `task` is made, in words, for the engine file."""
+    return CENTRE_CROP_RULE if task == "classify" else LETTERBOX_RULE
+
+
+@dataclass(frozen=True)
+class CentreCrop:
+    """YOLOv5's input of classifiers: the largest square in the middle, resized, normalised as ImageNet.
+
+    The rule (YOLOv5 utils/augmentations.py, classify_transforms, CenterCrop and ToTensor).
+
+    Attributes:
+        network_size: Height and width of the network's input in pixels.
+    """
+
+    network_size: tuple[int, int]
+
+    def apply(self, image: Image) -> Image:
+        """Return the cropped and resized picture, uint8 BGR (network height, network width, 3)."""
+        height, width = image.shape[:2]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        square = image[top : top + side, left : left + side]
+        resized = cv2.resize(square, self.network_size[::-1], interpolation=cv2.INTER_LINEAR)
+        return resized.astype(np.uint8, copy=False)
+
+    def to_input(self, image: Image, out: npt.NDArray[np.float32]) -> None:
+        """Write the picture into `out` as the network wants it.
+
+        Args:
+            image: uint8 BGR (height, width, 3).
+            out: float32 (3, network height, network width), contiguous; becomes RGB, normalised.
+        """
+        planes = reversed(cv2.split(self.apply(image)))  # BGR -> RGB
+        for plane, table, channel in zip(planes, _NORMALISED, out, strict=True):
+            cv2.LUT(plane, table, dst=channel)
 
 
 @dataclass(frozen=True)

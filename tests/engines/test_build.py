@@ -216,11 +216,11 @@ def test_options_out_of_range_are_refused(values, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"yololayer": "plugin"}, "gives something else than the heads or rows of a detector"),
-        ({"yololayer": "kernel"}, "gives something else than the heads or rows of a detector"),
-        ({"yololayer": "elsewhere"}, "gives something else than the heads or rows of a detector"),
-        ({"backend": "tensorrt"}, "gives something else than the heads or rows of a detector"),
-        ({"letterbox": {"pad_value": 0}}, "letterboxed by another rule"),
+        ({"yololayer": "plugin"}, "gives something else than the outputs of a YOLOv5 model"),
+        ({"yololayer": "kernel"}, "gives something else than the outputs of a YOLOv5 model"),
+        ({"yololayer": "elsewhere"}, "gives something else than the outputs of a YOLOv5 model"),
+        ({"backend": "tensorrt"}, "gives something else than the outputs of a YOLOv5 model"),
+        ({"letterbox": {"pad_value": 0}}, "wants its pictures prepared by another rule"),
     ],
 )
 def test_an_engine_that_this_version_would_decode_wrongly_is_refused(tiny_engine, change, message):

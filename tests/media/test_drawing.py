@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -8,9 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yolotrt.detections import Detections
+from yolotrt.detections import Classification, Detections
+from yolotrt.masks import Masks
 from yolotrt.media import drawing
 from yolotrt.media.drawing import BLACK, PALETTE, WHITE, class_color, draw, drawable_name, text_color
+from yolotrt.postprocess import MaskCrop
+from yolotrt.preprocess import Letterbox
 
 NAMES = ("gjpqy|[]", "car", "Größe", "пешеход", "人", "शेर", "a name that is far too long for a small picture " * 3, "")
 GREY = 128
@@ -290,6 +294,30 @@ def test_a_view_is_accepted() -> None:
     detections = found(60, 80, (10, 20, 50, 50, 0.9, 0))
     flipped = picture[:, ::-1]
     np.testing.assert_array_equal(draw(flipped, detections), draw(np.ascontiguousarray(flipped), detections))
+
+
+def test_a_mask_tints_what_it_covers(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_labels(monkeypatch)
+    crop = MaskCrop(np.pad(np.ones((10, 20), np.float32), 1), 29, 39, (100, 120))
+    masks = Masks([crop], Letterbox.fit((100, 120), (100, 120)))
+    detections = replace(found(100, 120, (10, 10, 110, 90, 0.9, 1)), masks=masks)
+    plain, tinted = (draw(grey(100, 120), d, line_width=1) for d in (replace(detections, masks=None), detections))
+    left, top, right, bottom = changed(np.where(plain == tinted, GREY, tinted))
+    assert (left, top, right, bottom) == (40, 30, 60, 40)
+    assert (tinted[30:40, 40:60] == (np.array(class_color(1), int) + GREY) // 2).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(480, 640), (60, 200), (3, 3)])
+def test_a_classifications_best_classes_are_written_into_the_corner(height: int, width: int) -> None:
+    probabilities = np.linspace(0, 0.25, len(NAMES)).astype(np.float32)
+    image = draw(grey(height, width), Classification(probabilities, NAMES, (height, width)))
+    assert image.shape == (height, width, 3)
+    if height < 10:
+        assert (image == GREY).all()
+        return
+    left, top, right, _ = changed(image)
+    assert (left, top) == (0, 0) and right <= width
+    assert has_color(image, class_color(len(NAMES) - 1))
 
 
 def test_nothing_found_gives_an_equal_copy() -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yolotrt.detections import Detections
+from yolotrt.detections import Classification, Detections
 from yolotrt.errors import OutputError
+from yolotrt.masks import Masks
 from yolotrt.media.results import json_record, next_run_folder, yolo_txt
+from yolotrt.postprocess import MaskCrop
+from yolotrt.preprocess import Letterbox
 
 NAMES = ("person", "Größe")
 HEIGHT, WIDTH = 100, 200
@@ -32,6 +37,22 @@ def files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
+def masked(*masks: np.ndarray) -> Detections:
+    """A detection for each mask, bool (HEIGHT, WIDTH), with a box all around."""
+    crops = [MaskCrop(mask.astype(np.float32), 0, 0, (HEIGHT, WIDTH)) for mask in masks]
+    letterbox = Letterbox.fit((HEIGHT, WIDTH), (HEIGHT, WIDTH))
+    return replace(found(*[(20, 10, 60, 90, 0.5, 1)] * len(masks)), masks=Masks(crops, letterbox))
+
+
+def square_mask() -> np.ndarray:
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[20:71, 40:101] = True
+    return mask
+
+
+CLASSIFICATION = Classification(np.array([0.25, 0.75], np.float32), NAMES, (HEIGHT, WIDTH))
+
+
 # --- YOLO labels ---
 
 
@@ -48,11 +69,31 @@ def files(folder: Path) -> list[str]:
         (found((0, 0, 200, 100, 0.5, 0), (20, 10, 60, 90, 0.25, 1)), False, "0 0.5 0.5 1 1\n1 0.2 0.5 0.2 0.8\n"),
     ],
 )
-def test_yolo_labels(detections: Detections, with_confidence: bool, expected: str) -> None:
+def test_yolo_labels_of_boxes(detections: Detections, with_confidence: bool, expected: str) -> None:
     assert yolo_txt(detections, with_confidence=with_confidence) == expected
 
 
 boxes = st.tuples(*[st.floats(-500, 500)] * 4, st.floats(0, 1), st.integers(0, 1))
+
+
+@pytest.mark.parametrize(("with_confidence", "end"), [(True, [0.5]), (False, [])])
+def test_labels_of_masks_are_polygons(with_confidence: bool, end: list[float]) -> None:
+    class_id, *values = map(float, yolo_txt(masked(square_mask()), with_confidence=with_confidence).split())
+    assert class_id == 1
+    assert values[8:] == end
+    points = {(round(x * WIDTH), round(y * HEIGHT)) for x, y in zip(values[:8:2], values[1:8:2], strict=True)}
+    assert points == {(40, 20), (40, 70), (100, 70), (100, 20)}
+
+
+def test_a_label_without_an_outline_has_the_corners_of_its_box() -> None:
+    assert (
+        yolo_txt(masked(np.zeros((HEIGHT, WIDTH), bool)), with_confidence=False)
+        == "1 0.1 0.1 0.3 0.1 0.3 0.9 0.1 0.9\n"
+    )
+
+
+def test_the_text_of_a_classification_is_yolov5s() -> None:
+    assert yolo_txt(CLASSIFICATION, with_confidence=False) == "0.75 Größe\n0.25 person\n"
 
 
 @given(st.lists(boxes, max_size=5), st.integers(1, 400), st.integers(1, 400))
@@ -85,6 +126,26 @@ def test_labels_equal_those_of_yolov5(golden: Path) -> None:
 
 
 # --- JSON ---
+
+
+def test_json_of_masks_has_run_lengths() -> None:
+    coco = pytest.importorskip("faster_coco_eval.core.mask", reason="faster-coco-eval is not installed")
+    record = json.loads(json.dumps(json_record(Path("a.jpg"), masked(square_mask()))))
+    segmentation = record["detections"][0]["segmentation"]
+    assert segmentation["size"] == [HEIGHT, WIDTH]
+    np.testing.assert_array_equal(coco.decode(segmentation), square_mask())
+
+
+def test_json_of_a_classification_has_its_best_classes() -> None:
+    assert json_record(Path("a.jpg"), CLASSIFICATION) == {
+        "image": "a.jpg",
+        "width": WIDTH,
+        "height": HEIGHT,
+        "classes": [
+            {"class_id": 1, "name": "Größe", "confidence": 0.75},
+            {"class_id": 0, "name": "person", "confidence": 0.25},
+        ],
+    }
 
 
 def test_json_numbers_are_rounded() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from yolotrt.engines.file import EngineFile, EngineHeader, TensorInfo
 from yolotrt.errors import InputError
-from yolotrt.postprocess import Boxes, NmsOptions
+from yolotrt.postprocess import Boxes, NmsOptions, softmax
 from yolotrt.weights import Weights
 from yolotrt.weights.model import MAX_IMAGE_SIZE
 
@@ -216,7 +217,8 @@ class Pending(abc.ABC):
         """Wait for the batch.
 
         Returns:
-            Per frame its boxes in network-input pixels, best first. A second call gives the same.
+            Per frame its boxes in network-input pixels, best first; of segmentation models with `Boxes.masks`. A second
+            call gives the same.
 
         Raises:
             InferenceError: if the device failed.
@@ -265,18 +267,53 @@ class Session(abc.ABC):
 
     @abc.abstractmethod
     def run(self, images: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float32]]:
-        """Compute the raw heads of a batch, for tests, calibration and evaluation.
+        """Compute the network's raw outputs for a batch, for classification, tests, calibration and evaluation.
 
         Args:
             images: float32 (batch, 3, height, width), RGB in 0..1, letterboxed to the engine's size.
 
         Returns:
-            Per level, finest first: float32 (batch, anchors x (5 + classes), height / stride, width / stride), raw
-            values before the sigmoid. The arrays belong to the session and hold until its next call.
+            float32, in the header's order. Per level (batch, anchors x (5 + classes + mask coefficients), height /
+            stride, width / stride), raw values before the sigmoid, and for segmentation the prototypes (batch,
+            coefficients, height / 4, width / 4); for classification (batch, classes), before the softmax. The arrays
+            belong to the session and hold until its next call.
 
         Raises:
             InputError: if the batch or the picture size is not one that the engine takes.
         """
+
+    def classify(self, frames: Sequence[Frame]) -> npt.NDArray[np.float32]:
+        """Compute the class probabilities of a batch with a classifier.
+
+        Args:
+            frames: One to `header.max_batch` pictures, uint8 BGR (height, width, 3), in host memory.
+
+        Returns:
+            float32 (frames, classes), each row of sum 1.
+
+        Raises:
+            InputError: if there are none or too many frames, one is in device memory, or the session is closed.
+            InferenceError: if the device fails.
+        """
+        from yolotrt.preprocess import CentreCrop  # OpenCV, which building an engine does without
+
+        self.check_frame_count(len(frames))
+        self.check_in_host_memory(frames)
+        began = time.perf_counter()
+        images = np.zeros((max(len(frames), self.header.batch_range[0]), 3, *self.header.imgsz), np.float32)
+        for frame, out in zip(frames, images, strict=False):
+            CentreCrop(self.header.imgsz).to_input(frame, out)
+        prepared = time.perf_counter()
+        (logits,) = self.run(images)
+        self.timing.preprocess_ms += (prepared - began) * 1e3
+        self.timing.inference_ms += (time.perf_counter() - prepared) * 1e3
+        self.timing.pictures += len(frames)
+        return softmax(logits[: len(frames)])
+
+    def check_in_host_memory(self, frames: Sequence[Frame]) -> None:
+        """Raise InputError unless all frames are NumPy arrays."""
+        if not all(isinstance(frame, np.ndarray) for frame in frames):
+            raise InputError("a picture lies in device memory, where this engine cannot read it: pass NumPy arrays")
 
     def frame_buffer(self, height: int, width: int) -> npt.NDArray[np.uint8]:
         """Memory for one frame, uint8 (height, width, 3), that this session reads fastest.

@@ -29,7 +29,7 @@ from yolotrt.engines.tensorrt import TensorRtBackend, tensorrt_module
 from yolotrt.engines.tensorrt_rtx import TensorRtRtxBackend, runs_on, tensorrt_rtx_module
 from yolotrt.engines.trt_log import NO_GPU_REMEDY
 from yolotrt.errors import BackendUnavailableError, EngineFileError, InputError
-from yolotrt.weights import Weights, load_weights
+from yolotrt.weights import Metadata, Weights, load_weights
 from yolotrt.weights.infer import network_tensors
 
 _log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def build_engine(
         BuildError: if the library fails.
         OutputError: if the file cannot be written.
     """
-    from yolotrt.preprocess import LETTERBOX_RULE
+    from yolotrt.preprocess import input_rule
 
     if path is not None:
         require_engine_target(Path(path))
@@ -93,7 +93,7 @@ def build_engine(
         plan_size=len(plan.data),
         weights_sha256=_weights_checksum(weights),
         yololayer=plan.yololayer,
-        letterbox=LETTERBOX_RULE,
+        letterbox=input_rule(weights.metadata.task),
         device_name=plan.device_name,
         compute_capability=plan.compute_capability,
         build_options=_build_options(complete, plan),
@@ -115,7 +115,7 @@ def open_session(engine: EngineFile, *, threads: int | None = None) -> Session:
         EngineFileError: if this version does not know the backend, or the engine does not fit this machine.
         BackendUnavailableError: if the backend's library or device is missing.
     """
-    from yolotrt.preprocess import LETTERBOX_RULE
+    from yolotrt.preprocess import input_rule
 
     header = engine.header
     known = BACKENDS.get(header.backend)
@@ -124,17 +124,22 @@ def open_session(engine: EngineFile, *, threads: int | None = None) -> Session:
             f"engine {engine.label} is for the backend {engine.header.backend!r}, which this version does not know: "
             "update yolotrt or build it again with python -m yolotrt -s"
         )
-    if header.model.task != "detect" or not _gives_what_it_says(header):
+    if not _gives_what_it_says(header):
         raise EngineFileError(
-            f"engine {engine.label} gives something else than the heads or rows of a detector: update yolotrt or "
+            f"engine {engine.label} gives something else than the outputs of a YOLOv5 model: update yolotrt or "
             "build it again with python -m yolotrt -s"
         )
-    if dict(header.letterbox) != LETTERBOX_RULE:
+    if dict(header.letterbox) != input_rule(header.model.task):
         raise EngineFileError(
-            f"engine {engine.label} wants its pictures letterboxed by another rule ({dict(header.letterbox)}): "
+            f"engine {engine.label} wants its pictures prepared by another rule ({dict(header.letterbox)}): "
             "build it again with python -m yolotrt -s"
         )
     return known().open(engine, threads=threads)
+
+
+def _output_count(model: Metadata) -> int:
+    """Outputs of a network: a head a level, and prototypes for segmentation; or the scores of a classifier."""
+    return len(model.strides) + (model.task != "detect")
 
 
 def find_backend(name: str) -> Backend:
@@ -181,7 +186,7 @@ def _gives_what_it_says(header: EngineHeader) -> bool:
         outputs = [(tensor.name, tensor.dtype, tensor.shape[2:]) for tensor in header.outputs]
         return header.backend == TensorRtBackend.name and outputs == [(ROWS_NAME, "float32", (BEST_VALUES,))]
     on_cpu = header.backend == OnnxRuntimeBackend.name
-    return header.yololayer == (HOST if on_cpu else KERNEL) and len(header.outputs) == len(header.model.strides)
+    return header.yololayer == (HOST if on_cpu else KERNEL) and len(header.outputs) == _output_count(header.model)
 
 
 def _build_options(options: CompleteOptions, plan: Plan) -> dict[str, Any]:

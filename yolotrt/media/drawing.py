@@ -11,7 +11,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from yolotrt.detections import Detections
+from yolotrt.detections import Classification, Detections
+from yolotrt.masks import Window
 
 Color = tuple[int, int, int]
 
@@ -81,12 +82,15 @@ class _Label:
 
 def draw(
     image: npt.NDArray[np.uint8],
-    detections: Detections,
+    detections: Detections | Classification,
     *,
     line_width: int | None = None,
     show_confidence: bool = True,
 ) -> npt.NDArray[np.uint8]:
     """Draw boxes and labels such as ``person 0.87`` into a copy of a picture; the most confident are on top.
+
+    Masks tint what they cover in the colour of the class. A classification's best five classes are written into the
+    left upper corner, such as ``dog 0.62``.
 
     Labels stay inside the picture: above their box, or where there is no room or another box or label is in the way,
     below, beside or inside it; shortened if wider than the picture, and left out where not even a few letters would be
@@ -112,6 +116,9 @@ def draw(
     if image.shape[:2] != tuple(detections.image_size):
         raise ValueError(f"detections of a {detections.image_size} picture do not fit one of {image.shape[:2]}")
     canvas = np.array(image, order="C")  # a copy, also of a view such as image[:, ::-1]
+    if isinstance(detections, Classification):
+        _write_classes(canvas, detections, line_width)
+        return canvas
     if not len(detections) or not canvas.size:
         return canvas
     height, width = canvas.shape[:2]
@@ -119,6 +126,9 @@ def draw(
     boxes = _pixel_boxes(detections.xyxy, height, width)
     # The best one chooses its label's place first and is drawn last; of equals that is the first.
     order = np.argsort(-detections.confidence, kind="stable")
+    if detections.masks is not None:
+        for index in order[::-1]:
+            _tint(canvas, detections.masks.window(int(index)), class_color(int(detections.class_id[index])))
     labels: list[_Label] = []
     for index in order:
         class_id = int(detections.class_id[index])
@@ -132,6 +142,25 @@ def draw(
     for label in labels[::-1]:  # after all boxes, so that no line crosses a text
         _draw_label(canvas, label, style)
     return canvas
+
+
+def _write_classes(canvas: npt.NDArray[np.uint8], classification: Classification, line_width: int | None) -> None:
+    """Write the best classes below each other, as far as there is room."""
+    height, width = canvas.shape[:2]
+    if not canvas.size:
+        return
+    style = _style(height, width, line_width)
+    for row, (class_id, name, probability) in enumerate(classification.top()):
+        text = _fitted_text(drawable_name(name, class_id), f"{probability:.2f}", style, width)
+        top = row * style.label_height
+        if text and top + style.label_height <= height:
+            _draw_label(canvas, _Label(text, 0, top, style.text_width(text), class_color(class_id)), style)
+
+
+def _tint(canvas: npt.NDArray[np.uint8], window: Window, color: Color) -> None:
+    """Mix the colour half and half into what the mask covers."""
+    part = canvas[window.area]
+    part[window.mask] = (part[window.mask].astype(np.uint16) + np.array(color, np.uint16)) // 2
 
 
 def class_color(class_id: int) -> Color:

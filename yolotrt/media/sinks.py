@@ -110,8 +110,9 @@ class LabelSink:
     def write(self, found: Found) -> None:
         """See `Sink.write`."""
         target = self._folder / f"{self._names.frame_stem(found)}.txt"
-        if len(found.detections):
-            atomic_write_text(target, yolo_txt(found.detections, with_confidence=self._with_confidence))
+        text = yolo_txt(found.detections, with_confidence=self._with_confidence)
+        if text:
+            atomic_write_text(target, text)
             return
         try:
             target.unlink(missing_ok=True)
