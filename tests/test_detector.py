@@ -142,7 +142,7 @@ def test_masks_of_a_photo_lie_where_those_of_its_letterboxed_input_do(golden, go
     masks = np.unpackbits(expected[f"{name}_square_masks_net"], axis=-1)
     for mask, official in zip(found.mask, masks, strict=True):
         inner = official[letterbox._rows, letterbox._columns]
-        # the official masks have the network's pixels, two of the picture's in zidane: the borders differ by half of one
+        # the official masks have the network's pixels, two of the picture's in zidane: half of one at the borders
         assert iou(mask, cv2.resize(inner, (width, height), interpolation=cv2.INTER_NEAREST) > 0) > 0.94
 
 
