@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from tests.reference import TINY_YAML, made_up_weights, official_metadata, tiny_metadata
 from yolotrt.errors import GraphError, YolotrtError
 from yolotrt.network import recorder
-from yolotrt.network.builder import NetworkBuilder
+from yolotrt.network.blocks import BLOCKS
+from yolotrt.network.builder import NetworkBuilder, summarise
 from yolotrt.network.graph import INPUT, ModelGraph
-from yolotrt.weights.model import Metadata
+from yolotrt.weights.model import Metadata, Weights
 
 
 def graph_of(**changes: Any) -> ModelGraph:
@@ -50,6 +51,7 @@ def test_rows_become_layers_with_absolute_sources():
 
 def test_names_in_arguments_become_their_values():
     graph = graph_of()
+    assert with_row([-1, 1, "nn.Conv2d", ["na * (nc + 5)", 1]]).layers[2].args == (14, 1)
     assert graph.layers[5].args == (None, 2, "nearest")
     assert graph.head.args == (2, graph.anchors)
     assert with_row([-1, 1, "C3", [32, "False"]]).layers[2].args == (32, False)
@@ -121,6 +123,23 @@ def test_what_the_head_gives():
 def test_a_model_without_levels_has_no_anchors():
     graph = ModelGraph.from_metadata(tiny_metadata(task="classify", strides=(), anchors=()))
     assert (graph.anchors_per_level, graph.head_channels, graph.size_multiple) == (0, 0, 32)
+
+
+@pytest.mark.parametrize(
+    ("args", "mask_count", "prototype_channels"),
+    [(["nc", "anchors"], 32, 128), (["nc", "anchors", 5], 5, 128), (["nc", "anchors", 5, 40], 5, 24)],
+)
+def test_what_segment_gives(args, mask_count, prototype_channels):
+    graph = graph_of(head=[[[1, 3], 1, "Segment", args]])
+    assert (graph.mask_count, graph.prototype_channels) == (mask_count, prototype_channels)
+    assert graph.output_channels == graph.head_channels + 2 * mask_count
+
+
+@pytest.mark.parametrize("args", [["nc", "anchors", "many"], ["nc", "anchors", 0], ["nc", "anchors", True]])
+def test_an_impossible_number_of_masks_is_refused(args):
+    graph = graph_of(head=[[[1, 3], 1, "Segment", args]])
+    with pytest.raises(GraphError, match=r"layer 5 \(Segment\) has the argument .*: expected a number from 1 to"):
+        _ = graph.mask_count
 
 
 # Each row: what stands in the yaml in place of layer 2, and what the message says.
@@ -201,9 +220,7 @@ ODDITIES = st.one_of(
     st.integers(-70, 70),
     st.sampled_from([2**31, 2**63, -(2**63), 10**400]),
     st.floats(),
-    st.sampled_from(
-        ["nc", "anchors", "None", "Conv", "C3", "nn.Upsample", "Detect", "Concat", "SPPF", "__class__", ""]
-    ),
+    st.sampled_from(["nc", "anchors", "None", "na * (nc + 5)", "__class__", "", *BLOCKS]),
     st.lists(st.integers(-3, 9), max_size=4),
     st.dictionaries(st.sampled_from(["a", "nc"]), st.integers(), max_size=2),
 )
@@ -233,6 +250,7 @@ def attempt(metadata: dict[str, Any]) -> None:
     try:
         weights = made_up_weights(Metadata(**metadata), FILE_SIZE)
         NetworkBuilder(recorder.Network(), recorder, weights, compute_dtype=recorder.float32).build(1, 64, 64)
+        summarise(Weights({}, weights.metadata), 64, 64)
     except YolotrtError as problem:
         assert "\n" not in str(problem)
         assert len(str(problem)) < 1000
@@ -240,6 +258,24 @@ def attempt(metadata: dict[str, Any]) -> None:
 
 
 TINY_FIELDS = {name: getattr(tiny_metadata(), name) for name in ("yaml", "names", "strides", "anchors", "imgsz")}
+
+
+ARGUMENTS = st.lists(
+    st.one_of(
+        *(st.integers(-2, 40), st.booleans(), st.none(), st.floats(-2, 3)),
+        st.sampled_from(["nc", "anchors", "nearest", "x"]),
+        st.lists(st.integers(-1, 9), max_size=3),
+    ),
+    max_size=6,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.integers(0, 7), st.integers(1, 3), st.sampled_from(sorted(BLOCKS)), ARGUMENTS)
+def test_any_block_with_any_arguments_gives_a_network_or_one_clear_line(place, number, block, args):
+    rows = copy.deepcopy([*TINY_YAML["backbone"], *TINY_YAML["head"]])
+    rows[place] = [rows[place][0], number, block, args]
+    attempt({**TINY_FIELDS, "yaml": {**TINY_YAML, "backbone": rows, "head": []}})
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -256,7 +292,12 @@ def test_any_yaml_gives_a_network_or_one_clear_line(changes):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    st.sampled_from(["names", "strides", "anchors", "imgsz", "activation", "activations", "batch_norm_epsilon"]),
+    st.sampled_from(
+        [
+            *("names", "strides", "anchors", "imgsz", "activation", "activations"),
+            *("batch_norm_epsilon", "batch_norm_epsilons", "task", "version"),
+        ]
+    ),
     st.one_of(
         ODDITIES,
         st.tuples(st.integers(-9, 99)),

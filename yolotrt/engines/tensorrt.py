@@ -63,7 +63,7 @@ class TensorRtBackend(Backend):
         trt = tensorrt_module()
         gpu = find_gpu()
         check_memory(gpu)
-        yololayer = _choose_yololayer(trt, gpu, options.yololayer)
+        yololayer = _choose_yololayer(trt, gpu, options.yololayer, weights.metadata.task)
         try:
             return _Build(trt, gpu, weights, options, yololayer).run()
         except OutOfMemoryError:
@@ -97,7 +97,7 @@ def tensorrt_module() -> Any:
     return tensorrt
 
 
-def _choose_yololayer(trt: Any, gpu: Gpu, wanted: str) -> str:
+def _choose_yololayer(trt: Any, gpu: Gpu, wanted: str, task: str) -> str:
     """``plugin`` or ``kernel``.
 
     Raises:
@@ -107,7 +107,7 @@ def _choose_yololayer(trt: Any, gpu: Gpu, wanted: str) -> str:
 
     if wanted == KERNEL:
         return KERNEL
-    reason = plugin_unavailable_reason(trt)
+    reason = plugin_unavailable_reason(trt) if task == "detect" else f"models for the task {task} have no plugin"
     if not reason and gpu.capability < FIRST_FOR_PLUGIN:
         reason = f"the plugin's code is for compute capability {dotted(FIRST_FOR_PLUGIN)} and later ({label(gpu)})"
     if not reason:

@@ -363,22 +363,28 @@ def _divisible(channels: float) -> int:
 
 
 def _require_fit(tensors: Tensors, rows: list[Row], depth: float, width: float, head: _LastLayer) -> None:
-    """Compare the size of every tensor with that in the described network, in both directions."""
+    """Compare every tensor with that in the described network, in both directions; of flat ones the size counts."""
     model = f"a YOLOv5 model of depth {depth:.2f}, width {width:.2f} and {head.class_count} classes"
-    expected = _expected_sizes(tensors, rows, depth, width, head)
-    for name, size in expected.items():
+    expected = _expected_shapes(tensors, rows, depth, width, head)
+    for name, shape in expected.items():
         if name not in tensors:
-            raise WeightsError(f"tensor {name} is missing from {model}: {_REMEDY}")
-        if tensors[name].size != size:
-            raise WeightsError(f"tensor {name} has {tensors[name].size} values, in {model} it has {size}: {_REMEDY}")
+            raise WeightsError(f"tensor {name} with shape {shape} is missing from {model}: {_REMEDY}")
+        found = tensors[name]
+        if found.size != math.prod(shape):
+            raise WeightsError(
+                f"tensor {name} has shape {found.shape} ({found.size} values), in {model} it has {shape} "
+                f"({math.prod(shape)}): {_REMEDY}"
+            )
     for name in tensors:
         if name not in expected:
             raise WeightsError(f"tensor {name!r:.120} does not belong to {model}: {_REMEDY}")
 
 
-def _expected_sizes(tensors: Tensors, rows: list[Row], depth: float, width: float, head: _LastLayer) -> dict[str, int]:
-    """The number of values of every tensor of the described network."""
-    table = _SizeTable(tensors, width, head)
+def _expected_shapes(
+    tensors: Tensors, rows: list[Row], depth: float, width: float, head: _LastLayer
+) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of the described network."""
+    table = _ShapeTable(tensors, width, head)
     channels: list[int] = []
     for index, (source, number, block, args) in enumerate(rows):
         sources = [item if item >= 0 else index + item for item in (source if isinstance(source, list) else [source])]
@@ -386,18 +392,18 @@ def _expected_sizes(tensors: Tensors, rows: list[Row], depth: float, width: floa
         scales_width = block in _LAST_PART
         channels.append(_scaled_width(args[0], width, head) if scales_width else sum(inputs))
         table.add(f"model.{index}", block, inputs, channels[-1], args, _repeats(number, depth))
-    return table.sizes
+    return table.shapes
 
 
-class _SizeTable:
-    """Collects the number of values of every tensor in `sizes`, block by block.
+class _ShapeTable:
+    """Collects the shape of every tensor in `shapes`, block by block.
 
     The parts of the blocks are those of YOLOv5's models/common.py. Where the file has no BatchNorm after a convolution,
     it is taken to be folded in, and the convolution has a bias.
     """
 
     def __init__(self, tensors: Tensors, width: float, head: _LastLayer) -> None:
-        self.sizes: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self._tensors = tensors
         self._width = width
         self._head = head
@@ -416,7 +422,7 @@ class _SizeTable:
                 self._conv(f"{name}.cv2", inputs[0] // 2 * 4, outputs)
             case "Classify":
                 self._conv(f"{name}.conv", inputs[0], CLASSIFIER_FEATURES)
-                self._with_bias(f"{name}.linear", CLASSIFIER_FEATURES, self._head.class_count)
+                self._with_bias(f"{name}.linear", self._head.class_count, CLASSIFIER_FEATURES)
             case "Detect":
                 self._detect(name, inputs)
             case "Segment":
@@ -425,17 +431,17 @@ class _SizeTable:
 
     def _conv(self, name: str, inputs: int, outputs: int, kernel: int = 1) -> None:
         """A convolution and its BatchNorm."""
-        self.sizes[f"{name}.conv.weight"] = inputs * outputs * kernel * kernel
+        self.shapes[f"{name}.conv.weight"] = (outputs, inputs, kernel, kernel)
         if f"{name}.bn.weight" in self._tensors:
             for part in ("weight", "bias", "running_mean", "running_var"):
-                self.sizes[f"{name}.bn.{part}"] = outputs
+                self.shapes[f"{name}.bn.{part}"] = (outputs,)
         else:
-            self.sizes[f"{name}.conv.bias"] = outputs
+            self.shapes[f"{name}.conv.bias"] = (outputs,)
 
-    def _with_bias(self, name: str, inputs: int, outputs: int) -> None:
-        """A 1x1 convolution or linear layer with a bias."""
-        self.sizes[f"{name}.weight"] = inputs * outputs
-        self.sizes[f"{name}.bias"] = outputs
+    def _with_bias(self, name: str, outputs: int, *inputs: int) -> None:
+        """A linear layer (inputs) or 1x1 convolution (inputs, 1, 1) with a bias."""
+        self.shapes[f"{name}.weight"] = (outputs, *inputs)
+        self.shapes[f"{name}.bias"] = (outputs,)
 
     def _c3(self, name: str, inputs: int, outputs: int, repeats: int) -> None:
         hidden = outputs // 2
@@ -450,7 +456,7 @@ class _SizeTable:
         """A 1x1 convolution a level."""
         outputs = self._head.channels + len(self._head.anchors[0]) * self._head.mask_count
         for level, channels in enumerate(inputs):
-            self._with_bias(f"{name}.m.{level}", channels, outputs)
+            self._with_bias(f"{name}.m.{level}", outputs, channels, 1, 1)
 
     def _prototypes(self, name: str, inputs: int, hidden: int) -> None:
         """Segment's Proto block."""
