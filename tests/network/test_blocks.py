@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 
 from tests.reference import TINY_YAML, MadeUpWeights, made_up_weights, tiny_metadata
-from yolotrt.engines.tensorrt_rtx import shared_logger
+from yolotrt.engines.trt_log import shared_logger
 from yolotrt.errors import GraphError, NetworkError, YolotrtError
 from yolotrt.network import recorder
 from yolotrt.network.blocks import BLOCKS
