@@ -20,10 +20,14 @@
 // The overlap is computed in float32 in the order of yolotrt/postprocess.py; compile without contraction to FMA.
 // Scores, confidence and the overlap's threshold must not be negative.
 //
-// Macros: THREADS (optional), a multiple of 32.
+// Macros: THREADS (optional), a multiple of 32; KEPT_ROWS (optional): nms_select also writes int32 [pictures,
+// max_detections], the row of each box, -1 at the end.
 
 #ifndef THREADS
 #define THREADS 1024
+#endif
+#ifndef KEPT_ROWS
+#define KEPT_ROWS 0
 #endif
 #define WARPS (THREADS / 32)
 #define FILTER_THREADS 256
@@ -168,10 +172,19 @@ __device__ __forceinline__ bool overlap(const Box& box, const Box& other, float 
 extern "C" __global__ void __launch_bounds__(THREADS)
 nms_select(const float* __restrict__ rows, int row_count, int segments, int segment_rows, Key* keys, Key* sorted,
            const int* __restrict__ counts, float threshold, int agnostic, int max_detections, int* __restrict__ kept_counts,
-           float* detections)
+           float* detections
+#if KEPT_ROWS
+           ,
+           int* __restrict__ kept_rows
+#endif
+)
 {
     __shared__ unsigned scratch[TILE * WORDS];  // in turn: offsets and keys; digit counters; the bit matrix
     __shared__ float boxes[ROW_VALUES][TILE];
+#if KEPT_ROWS
+    __shared__ int box_rows[TILE];
+    kept_rows += (long long)blockIdx.x * max_detections;
+#endif
     __shared__ unsigned alive[WORDS];
     __shared__ unsigned short kept_in_tile[TILE];
     __shared__ int kept_in_tile_count;
@@ -188,6 +201,9 @@ nms_select(const float* __restrict__ rows, int row_count, int segments, int segm
             boxes[i][position] = pair.x;
             boxes[i + 1][position] = pair.y;
         }
+#if KEPT_ROWS
+        box_rows[position] = (int)row;
+#endif
     };
     auto box_at = [&](int position) {
         return Box{boxes[0][position], boxes[1][position], boxes[2][position], boxes[3][position], boxes[5][position]};
@@ -283,9 +299,15 @@ nms_select(const float* __restrict__ rows, int row_count, int segments, int segm
         const int number = kept_in_tile_count;
         for (int i = thread; i < number * ROW_VALUES; i += THREADS)
             detections[kept * ROW_VALUES + i] = boxes[i % ROW_VALUES][kept_in_tile[i / ROW_VALUES]];
+#if KEPT_ROWS
+        for (int i = thread; i < number; i += THREADS) kept_rows[kept + i] = box_rows[kept_in_tile[i]];
+#endif
         kept += number;
         __syncthreads();  // before the next tile overwrites the boxes
     }
     for (int i = kept * ROW_VALUES + thread; i < max_detections * ROW_VALUES; i += THREADS) detections[i] = 0.0f;
+#if KEPT_ROWS
+    for (int i = kept + thread; i < max_detections; i += THREADS) kept_rows[i] = -1;
+#endif
     if (thread == 0) kept_counts[blockIdx.x] = kept;
 }

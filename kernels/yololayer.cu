@@ -17,13 +17,21 @@
 //
 // The formulas are YOLOv5's (models/yolo.py, Detect.forward), in float32, in the order of yolotrt/postprocess.py.
 //
-// Macros: LEVELS 1..4, ANCHORS a level, ANCHOR_SIZES and STRIDES (comma-separated floats), NC, HALF_HEADS, FULL_ROWS.
+// Segmentation models have MASKS coefficients after the classes: FULL_ROWS 1 copies them, FULL_ROWS 0 leaves them to
+// masks.cu, which takes those of the detections only.
+//
+// Macros: LEVELS 1..4, ANCHORS a level, ANCHOR_SIZES and STRIDES (comma-separated floats), NC, MASKS (optional), HALF_HEADS,
+// FULL_ROWS.
+
+#ifndef MASKS
+#define MASKS 0
+#endif
 
 #define ROWS 32
 #define SLICES 8
 #define BLOCK (ROWS * SLICES)
 #define BOX_VALUES 5
-#define VALUES (BOX_VALUES + NC)
+#define VALUES (BOX_VALUES + NC + MASKS)
 #define BEST_VALUES 6
 
 #if HALF_HEADS
@@ -105,6 +113,7 @@ __device__ __forceinline__ float raw_value(const Cell& cell, int channel)
 // Channel 0..4 or a class's channel, decoded.
 __device__ __forceinline__ float decode(const Cell& cell, int channel, float raw)
 {
+    if (channel >= BOX_VALUES + NC) return raw;
     const float value = sigmoid(raw);
     if (channel == 0) return (value * 2.0f - 0.5f + (float)cell.column) * strides[cell.level];
     if (channel == 1) return (value * 2.0f - 0.5f + (float)cell.row) * strides[cell.level];

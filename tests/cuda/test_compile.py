@@ -130,6 +130,10 @@ def test_macros_with_commas_survive():
         ("letterbox", {"HALF_OUTPUT": 0}),
         ("letterbox", {"HALF_OUTPUT": 1}),
         ("nms", {}),
+        ("nms", {"KEPT_ROWS": 1}),
+        ("masks", {"ANCHORS": 3, "NC": 80, "MASKS": 32, "HALF_HEADS": 0}),
+        ("masks", {"ANCHORS": 3, "NC": 80, "MASKS": 32, "HALF_HEADS": 1}),
+        ("yololayer", yololayer_defines(ANCHORS, (8,), 80, "best", half=True, mask_count=32)),
         *(
             ("yololayer", yololayer_defines(ANCHORS * levels, (8,) * levels, 80, variant, half=half))
             for levels in (1, 2, 3, 4)

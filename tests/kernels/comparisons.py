@@ -13,6 +13,8 @@ from yolotrt.cuda.kernels import (
     KEEP_ALL_ROWS,
     Device,
     LetterboxKernel,
+    MaskKernel,
+    MaskLayout,
     NmsKernel,
     NmsLayout,
     UploadKernel,
@@ -193,6 +195,51 @@ def decode_error(actual: np.ndarray, expected: np.ndarray) -> float:
     boxes = np.abs(actual[..., :4] - expected[..., :4]) / np.spacing(np.maximum(scale, 1).astype(np.float32))
     rest = np.abs(actual[..., 4:] - expected[..., 4:]) / np.spacing(np.maximum(np.abs(expected[..., 4:]), 1e-30))
     return float(max(boxes.max(), rest.max()))
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+def detect_masks(
+    machine: Machine,
+    layer: YoloLayer,
+    heads: Sequence[np.ndarray],
+    prototypes: np.ndarray,
+    options: NmsOptions,
+    letterboxes: Sequence[Letterbox],
+) -> tuple[list[Boxes], np.ndarray, list[np.ndarray]]:
+    """YoloLayer, NMS and masks on the device: boxes, cells (batch, max_detections, height, width), masks a picture."""
+    anchors = tuple(tuple((float(w), float(h)) for w, h in level) for level in layer.anchors)
+    batch, half, sizes = len(prototypes), heads[0].dtype == np.float16, [head.shape[2:] for head in heads]
+    decoder = YoloLayerKernel(
+        machine.device, anchors, layer.strides, layer.class_count, "best", half=half, mask_count=layer.mask_count
+    )
+    nms_layout = NmsLayout(batch, decoder.row_count(sizes), options.max_detections)
+    nms = NmsKernel(machine.device, nms_layout, options, keeps_rows=True)
+    layout = MaskLayout(
+        batch, options.max_detections, layer.mask_count, prototypes.shape[2:], letterboxes[0].network_size
+    )
+    kernel = MaskKernel(machine.device, layout, len(anchors[0]), layer.class_count, half=half)
+    buffers = [machine.upload(head) for head in heads]
+    planes = machine.upload(prototypes)
+    rows = machine.upload(np.zeros((batch, nms_layout.rows, BEST_VALUES), np.float32))
+    workspace = machine.upload(np.full(nms_layout.workspace_bytes, 0xA5, np.uint8))
+    output = machine.upload(np.full(nms_layout.output_bytes, 0xA5, np.uint8))
+    kept_rows = machine.upload(np.full((batch, options.max_detections), 7, np.int32))
+    cells = machine.upload(np.full((batch, options.max_detections, *layout.grid_size), np.nan, np.float32))
+    addresses = [machine.address(buffer) for buffer in buffers]
+    levels = machine.upload(MaskKernel.levels(addresses, sizes))
+    decoder.launch(addresses, sizes, batch, machine.address(rows))
+    at = {name: machine.address(buffer) for name, buffer in (("output", output), ("kept", kept_rows), ("cells", cells))}
+    nms.launch(machine.address(rows), machine.address(workspace), at["output"], kept_rows=at["kept"])
+    kernel.launch_cells(machine.address(levels), machine.address(planes), nms_layout, *at.values())
+    found = nms_layout.detections(machine.download(output))
+    masks = []
+    for picture, letterbox in enumerate(letterboxes):
+        bits = machine.upload(np.full(layout.bits_bytes(letterbox.source_size), 0xA5, np.uint8))
+        kernel.launch_bits(picture, letterbox, at["output"], at["cells"], machine.address(bits))
+        masks.append(layout.masks(machine.download(bits), len(found[picture]), letterbox.source_size))
+    return found, machine.download(cells), masks
 
 
 # --- non-maximum suppression -----------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from yolotrt.cuda.compile import Defines
 from yolotrt.errors import InputError
+from yolotrt.masks import grid_axes
 from yolotrt.postprocess import BOX_VALUES, Boxes, NmsOptions
 from yolotrt.preprocess import Letterbox
 from yolotrt.weights.model import Anchors
@@ -288,7 +289,7 @@ KEEP_ALL_ROWS = -np.inf
 
 
 def yololayer_defines(
-    anchors: Anchors, strides: Sequence[int], class_count: int, variant: Variant, *, half: bool
+    anchors: Anchors, strides: Sequence[int], class_count: int, variant: Variant, *, half: bool, mask_count: int = 0
 ) -> dict[str, int | str]:
     """The macros of yololayer.cu.
 
@@ -298,6 +299,7 @@ def yololayer_defines(
         class_count: Number of classes.
         variant: Form of the rows.
         half: Whether the heads are float16 rather than float32.
+        mask_count: Mask coefficients after the classes.
 
     Raises:
         InputError: if there are more levels than the kernel has parameters for.
@@ -314,6 +316,7 @@ def yololayer_defines(
         "NC": class_count,
         "HALF_HEADS": int(half),
         "FULL_ROWS": int(variant == "full"),
+        **({"MASKS": mask_count} if mask_count else {}),
     }
 
 
@@ -331,7 +334,8 @@ class YoloLayerKernel:
     """Launches yololayer.cu: raw heads to dense rows.
 
     Attributes:
-        row_values: Values a row has: 6 (`best`) or 5 + classes (`full`).
+        row_values: Values a row has: 6 (`best`, whose mask coefficients `MaskKernel` takes from the heads) or
+            5 + classes + mask coefficients (`full`).
     """
 
     def __init__(
@@ -343,9 +347,10 @@ class YoloLayerKernel:
         variant: Variant,
         *,
         half: bool,
+        mask_count: int = 0,
     ) -> None:
-        defines = yololayer_defines(anchors, strides, class_count, variant, half=half)
-        self.row_values = BEST_VALUES if variant == "best" else BOX_VALUES + class_count
+        defines = yololayer_defines(anchors, strides, class_count, variant, half=half, mask_count=mask_count)
+        self.row_values = BEST_VALUES if variant == "best" else BOX_VALUES + class_count + mask_count
         self._anchors = len(anchors[0])
         self._device = device
         self._function = device.function("yololayer", "yololayer", defines)
@@ -472,8 +477,14 @@ class NmsKernel:
         layout: Sizes of the buffers.
     """
 
-    def __init__(self, device: Device, layout: NmsLayout, options: NmsOptions) -> None:
+    def __init__(self, device: Device, layout: NmsLayout, options: NmsOptions, *, keeps_rows: bool = False) -> None:
         """Prepare the launches.
+
+        Args:
+            device: What launches.
+            layout: Sizes of the buffers.
+            options: Thresholds.
+            keeps_rows: Whether the row of each box is written as well, for `MaskKernel`.
 
         Raises:
             InputError: if a threshold is outside 0..1 or `options` ask for several labels a box.
@@ -487,7 +498,8 @@ class NmsKernel:
         self.layout = layout
         self._options = options
         self._device = device
-        defines = {"THREADS": layout.threads}
+        self._keeps_rows = keeps_rows
+        defines = {"THREADS": layout.threads, **({"KEPT_ROWS": 1} if keeps_rows else {})}
         self._filter = device.function("nms", "nms_filter", defines)
         self._select = device.function("nms", "nms_select", defines)
 
@@ -500,7 +512,9 @@ class NmsKernel:
         mask[[index for index in options.classes if 0 <= index < class_count]] = 1
         return mask
 
-    def launch(self, rows: int, workspace: int, output: int, class_mask: int = 0, stream: Any = None) -> None:
+    def launch(
+        self, rows: int, workspace: int, output: int, class_mask: int = 0, stream: Any = None, kept_rows: int = 0
+    ) -> None:
         """Select the detections of a batch.
 
         Args:
@@ -509,6 +523,7 @@ class NmsKernel:
             output: Address of `layout.output_bytes` bytes.
             class_mask: Address of a `class_mask`, or 0.
             stream: Where to enqueue.
+            kept_rows: Address of int32 [batch, max_detections] where the kernel keeps rows.
         """
         layout, options = self.layout, self._options
         keys = np.uint64(workspace)
@@ -525,8 +540,146 @@ class NmsKernel:
             *(np.uint64(rows), *shape, keys, np.uint64(workspace + layout.sorted_offset), counts),
             *(np.float32(options.iou), np.int32(options.agnostic), np.int32(layout.max_detections)),
             *(np.uint64(output), np.uint64(output + layout.detections_offset)),
+            *([np.uint64(kept_rows)] if self._keeps_rows else []),
         )
         self._device.launch(self._select, (layout.batch, 1, 1), (layout.threads, 1, 1), arguments, stream)
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+_MASK_CELLS_BLOCK = (256, 1, 1)
+_MASK_BITS_BLOCK = (32, 8, 1)
+_WORD_PIXELS = 32
+
+_LEVEL = np.dtype([("head", np.uint64), ("height", np.int32), ("width", np.int32)])
+
+
+@dataclass(frozen=True)
+class MaskLayout:
+    """Sizes of what masks.cu reads and writes.
+
+    Attributes:
+        batch: Pictures.
+        max_detections: Detections a picture at most.
+        mask_count: Mask coefficients, which is the number of prototypes.
+        grid_size: Height and width of the prototypes.
+        network_size: Height and width of the network's input.
+    """
+
+    batch: int
+    max_detections: int
+    mask_count: int
+    grid_size: tuple[int, int]
+    network_size: tuple[int, int]
+
+    @property
+    def cells_bytes(self) -> int:
+        """float32 [batch, max_detections, grid height, grid width]."""
+        return self.batch * self.picture_cells_bytes
+
+    @property
+    def picture_cells_bytes(self) -> int:
+        """Of one picture."""
+        return 4 * self.max_detections * self.grid_size[0] * self.grid_size[1]
+
+    def bits_bytes(self, picture_size: tuple[int, int]) -> int:
+        """uint32 [max_detections, height, words] of one picture (height, width)."""
+        return 4 * self.max_detections * picture_size[0] * -(-picture_size[1] // _WORD_PIXELS)
+
+    def masks(self, bits: Bytes, count: int, picture_size: tuple[int, int]) -> npt.NDArray[np.bool_]:
+        """The first `count` masks of a picture, bool (count, height, width), from bits copied from the device."""
+        height, width = picture_size
+        row_bytes = 4 * -(-width // _WORD_PIXELS)
+        rows = bits[: count * height * row_bytes].reshape(count, height, row_bytes)
+        return np.unpackbits(rows, axis=-1, bitorder="little")[..., :width].view(np.bool_)
+
+
+class MaskKernel:
+    """Launches masks.cu after `NmsKernel`: first the cells of a whole batch, then each picture's bits.
+
+    A session that gives `Boxes.masks` needs the cells only, of which it copies those of the detections that are there.
+    """
+
+    def __init__(
+        self, device: Device, layout: MaskLayout, anchors_per_level: int, class_count: int, *, half: bool
+    ) -> None:
+        defines = {
+            "ANCHORS": anchors_per_level,
+            "NC": class_count,
+            "MASKS": layout.mask_count,
+            "HALF_HEADS": int(half),
+        }
+        self.layout = layout
+        self._device = device
+        self._cells = device.function("masks", "mask_cells", defines)
+        self._bits = device.function("masks", "mask_bits", defines)
+
+    @staticmethod
+    def levels(heads: Sequence[int], sizes: Sequence[tuple[int, int]]) -> Bytes:
+        """The table of levels, to be copied to the device: addresses of the heads, heights and widths."""
+        table = np.zeros(len(heads), _LEVEL)
+        table["head"] = heads
+        table["height"], table["width"] = zip(*sizes, strict=True)
+        return table.view(np.uint8)
+
+    def launch_cells(
+        self,
+        levels: int,
+        prototypes: int,
+        nms: NmsLayout,
+        nms_output: int,
+        kept_rows: int,
+        cells: int,
+        stream: Any = None,
+    ) -> None:
+        """Weigh the prototypes of a batch.
+
+        Args:
+            levels: Address of the table of `levels`.
+            prototypes: Address of [batch, mask_count, grid height, grid width].
+            nms: How the next one is divided.
+            nms_output: Address of what `NmsKernel` wrote.
+            kept_rows: Address of the rows that it kept.
+            cells: Address of `layout.cells_bytes` bytes.
+            stream: Where to enqueue.
+        """
+        layout = self.layout
+        (height, width), (network_height, network_width) = layout.grid_size, layout.network_size
+        arguments = (
+            *(np.uint64(levels), np.uint64(prototypes), np.int32(height), np.int32(width)),
+            *(np.float32(width / network_width), np.float32(height / network_height)),
+            *(np.uint64(nms_output), np.uint64(nms_output + nms.detections_offset), np.uint64(kept_rows)),
+            np.uint64(cells),
+        )
+        blocks = -(-height * width // _MASK_CELLS_BLOCK[0])
+        grid = (blocks, layout.max_detections, layout.batch)
+        self._device.launch(self._cells, grid, _MASK_CELLS_BLOCK, arguments, stream)
+
+    def launch_bits(
+        self, picture: int, letterbox: Letterbox, nms_output: int, cells: int, bits: int, stream: Any = None
+    ) -> None:
+        """Enlarge one picture's masks to its own size.
+
+        Args:
+            picture: Its place in the batch.
+            letterbox: How it lies in the network's input.
+            nms_output: Address of what `NmsKernel` wrote.
+            cells: Address of what `launch_cells` wrote.
+            bits: Address of `layout.bits_bytes` bytes for its size.
+            stream: Where to enqueue.
+        """
+        layout, (height, width) = self.layout, letterbox.source_size
+        x, y = grid_axes(letterbox, layout.grid_size)
+        arguments = (
+            np.uint64(cells + picture * layout.picture_cells_bytes),
+            np.uint64(nms_output + 4 * picture),
+            *(np.int32(side) for side in layout.grid_size),
+            *(np.float32(value) for axis in (x, y) for value in (axis.step, axis.offset)),
+            *(np.int32(height), np.int32(width), np.uint64(bits)),
+        )
+        columns, rows, _ = _MASK_BITS_BLOCK
+        grid = (-(-width // (_WORD_PIXELS * columns)), -(-height // rows), layout.max_detections)
+        self._device.launch(self._bits, grid, _MASK_BITS_BLOCK, arguments, stream)
 
 
 def boxes_of(rows: npt.NDArray[np.float32], count: int) -> Boxes:
