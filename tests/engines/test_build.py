@@ -22,7 +22,7 @@ from yolotrt.errors import (
     OutputError,
     WeightsError,
 )
-from yolotrt.preprocess import LETTERBOX_RULE
+from yolotrt.preprocess import LETTERBOX_RULE, input_rule
 from yolotrt.weights import Weights, save_weights
 
 
@@ -227,6 +227,16 @@ def test_an_engine_that_this_version_would_decode_wrongly_is_refused(tiny_engine
     engine = replace(tiny_engine, header=replace(tiny_engine.header, **change))
     with pytest.raises(EngineFileError, match=message):
         open_session(engine)
+
+
+def test_segmentation_and_classification_run_on_the_cpu_only(tiny_segment_engine, tiny_classifier_engine):
+    for engine, task in ((tiny_segment_engine, "segment"), (tiny_classifier_engine, "classify")):
+        assert engine.header.letterbox == input_rule(task)
+        header = replace(engine.header, backend="tensorrt", yololayer="kernel")
+        with pytest.raises(
+            BackendUnavailableError, match=f"is for the task {task}, which this version runs on the CPU"
+        ):
+            open_session(replace(engine, header=header))
 
 
 @pytest.mark.parametrize("threads", [0, -1, "2"])

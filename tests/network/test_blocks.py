@@ -176,6 +176,14 @@ def test_the_epsilon_of_batch_norm_is_the_metadatas():
     assert_close(y, convolution(tensors, "model.0", torch.from_numpy(x).double(), epsilon=0.25))
 
 
+def test_a_batch_norm_can_have_an_epsilon_of_its_own():
+    x = picture(*ODD)
+    (y,), tensors = compute("Bottleneck", x, 12, batch_norm_epsilons={"model.0.cv1.bn": 0.25})
+    x = torch.from_numpy(x).double()
+    hidden = convolution(tensors, "model.0.cv1", x, epsilon=0.25)
+    assert_close(y, x + convolution(tensors, "model.0.cv2", hidden))
+
+
 def test_a_convolution_that_was_fused_before_has_a_bias_instead():
     x = picture(*ODD)
     kernel, bias = picture(8, 12, 3, 3), picture(8)

@@ -129,6 +129,11 @@ def open_session(engine: EngineFile, *, threads: int | None = None) -> Session:
             f"engine {engine.label} gives something else than the outputs of a YOLOv5 model: update yolotrt or "
             "build it again with python -m yolotrt -s"
         )
+    if header.model.task != "detect" and header.yololayer != HOST:
+        raise BackendUnavailableError(
+            f"engine {engine.label} is for the task {header.model.task}, which this version runs on the CPU only: "
+            "build it with --backend onnxruntime"
+        )
     if dict(header.letterbox) != input_rule(header.model.task):
         raise EngineFileError(
             f"engine {engine.label} wants its pictures prepared by another rule ({dict(header.letterbox)}): "
