@@ -97,7 +97,7 @@ class Masks:
         (utils/segment/general.py), but straight to the picture's pixels rather than to the network's.
         """
         crop, (height, width) = self._crops[index], self._letterbox.source_size
-        x, y = grid_axes(self._letterbox, crop.grid_size)
+        x, y = self._letterbox.grid_axes(crop.grid_size)
         columns = x.reach(crop.left, crop.values.shape[1], width)
         rows = y.reach(crop.top, crop.values.shape[0], height)
         if not crop.values.size or not columns or not rows:
@@ -144,39 +144,6 @@ class Masks:
         if not runs[-1]:  # the object reaches the last pixel
             runs = runs[:-1]
         return {"size": [height, width], "counts": compress_runs(runs.tolist())}
-
-
-@dataclass(frozen=True)
-class GridAxis:
-    """How picture pixels along one axis lie between the cells of the prototypes: pixel p at ``step p + offset``."""
-
-    step: float
-    offset: float
-
-    @classmethod
-    def make(cls, scale: float, padding: int, network_side: int, cells: int) -> GridAxis:
-        """From network pixels a picture pixel, padding in network pixels, and the two sizes; centres match centres."""
-        cells_a_pixel = cells / network_side
-        return cls(scale * cells_a_pixel, (scale / 2 + padding) * cells_a_pixel - 0.5)
-
-    def at(self, pixel: int) -> float:
-        """Where a picture's pixel lies, in cells."""
-        return self.step * pixel + self.offset
-
-    def reach(self, first: int, cells: int, side: int) -> range:
-        """The picture's pixels that a crop of `cells` from `first` on can reach, with a cell around it."""
-        low = int(np.floor((first - 1 - self.offset) / self.step))
-        high = int(np.ceil((first + cells - self.offset) / self.step))
-        return range(min(max(low, 0), side), min(max(high + 1, 0), side))
-
-
-def grid_axes(letterbox: Letterbox, grid_size: tuple[int, int]) -> tuple[GridAxis, GridAxis]:
-    """How a picture's columns and rows lie between the cells of prototypes of `grid_size` (height, width)."""
-    (scale_x, scale_y), (height, width) = letterbox.scale, letterbox.network_size
-    return (
-        GridAxis.make(scale_x, letterbox.left, width, grid_size[1]),
-        GridAxis.make(scale_y, letterbox.top, height, grid_size[0]),
-    )
 
 
 def compress_runs(runs: Sequence[int]) -> str:

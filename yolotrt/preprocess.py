@@ -70,6 +70,8 @@ class CentreCrop:
 
     def apply(self, image: Image) -> Image:
         """Return the cropped and resized picture, uint8 BGR (network height, network width, 3)."""
+        import cv2
+
         height, width = image.shape[:2]
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
@@ -84,9 +86,35 @@ class CentreCrop:
             image: uint8 BGR (height, width, 3).
             out: float32 (3, network height, network width), contiguous; becomes RGB, normalised.
         """
+        import cv2
+
         planes = reversed(cv2.split(self.apply(image)))  # BGR -> RGB
         for plane, table, channel in zip(planes, _NORMALISED, out, strict=True):
             cv2.LUT(plane, table, dst=channel)
+
+
+@dataclass(frozen=True)
+class GridAxis:
+    """How pixels along one axis lie between the cells of a grid over the input: pixel p at ``step p + offset``."""
+
+    step: float
+    offset: float
+
+    @classmethod
+    def make(cls, scale: float, padding: int, network_side: int, cells: int) -> GridAxis:
+        """From network pixels a picture pixel, padding in network pixels, and the two sizes; centres match centres."""
+        cells_a_pixel = cells / network_side
+        return cls(scale * cells_a_pixel, (scale / 2 + padding) * cells_a_pixel - 0.5)
+
+    def at(self, pixel: int) -> float:
+        """Where a picture's pixel lies, in cells."""
+        return self.step * pixel + self.offset
+
+    def reach(self, first: int, cells: int, side: int) -> range:
+        """The picture's pixels that a crop of `cells` from `first` on can reach, with a cell around it."""
+        low = int(np.floor((first - 1 - self.offset) / self.step))
+        high = int(np.ceil((first + cells - self.offset) / self.step))
+        return range(min(max(low, 0), side), min(max(high + 1, 0), side))
 
 
 @dataclass(frozen=True)
@@ -164,6 +192,14 @@ class Letterbox:
         scale, offset = self._affine(xy.shape[-1])
         limit = np.tile(np.array(self.source_size[::-1], np.float32), xy.shape[-1] // 2)
         return np.clip(np.asarray((xy - offset) / scale, np.float32), 0, limit)
+
+    def grid_axes(self, grid_size: tuple[int, int]) -> tuple[GridAxis, GridAxis]:
+        """How the picture's columns and rows lie between the cells of a grid (height, width) over the input."""
+        (scale_x, scale_y), (height, width) = self.scale, self.network_size
+        return (
+            GridAxis.make(scale_x, self.left, width, grid_size[1]),
+            GridAxis.make(scale_y, self.top, height, grid_size[0]),
+        )
 
     @property
     def _rows(self) -> slice:

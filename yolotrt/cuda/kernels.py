@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from yolotrt.cuda.compile import Defines
 from yolotrt.errors import InputError
-from yolotrt.masks import grid_axes
 from yolotrt.postprocess import BOX_VALUES, Boxes, NmsOptions
 from yolotrt.preprocess import Letterbox
 from yolotrt.weights.model import Anchors
@@ -669,7 +668,7 @@ class MaskKernel:
             stream: Where to enqueue.
         """
         layout, (height, width) = self.layout, letterbox.source_size
-        x, y = grid_axes(letterbox, layout.grid_size)
+        x, y = letterbox.grid_axes(layout.grid_size)
         arguments = (
             np.uint64(cells + picture * layout.picture_cells_bytes),
             np.uint64(nms_output + 4 * picture),
