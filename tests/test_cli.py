@@ -419,6 +419,26 @@ def test_an_opencv_that_cannot_be_loaded_is_named_where_it_is_needed(argv, statu
         assert re.fullmatch(r"yolotrt: error: OpenCV cannot be loaded .*: install libgl1, or .*\n", done.stderr)
 
 
+def test_segmentation_gives_polygons_and_run_lengths(run, tiny_segment_engine):
+    tiny_segment_engine.save("segment.engine")
+    run("-d", "pictures", "--engine", "segment.engine", "--save-txt", "--save-json", "o.json").assert_succeeds()
+    items = [item for record in json.loads(Path("o.json").read_text()) for item in record["detections"]]
+    assert items and all(set(item["segmentation"]) == {"size", "counts"} for item in items)
+    labels = [line for path in Path("runs/detect/labels").iterdir() for line in path.read_text().splitlines()]
+    assert len(labels) == len(items)
+    assert all(len(line.split()) >= 7 and len(line.split()) % 2 for line in labels)
+
+
+def test_classification_gives_the_best_classes(run, tiny_classifier_engine):
+    tiny_classifier_engine.save("classify.engine")
+    result = run("-d", "pictures", "--engine", "classify.engine", "--save-txt", "--save-json", "o.json")
+    result.assert_succeeds()
+    for record in json.loads(Path("o.json").read_text()):
+        assert len(record["classes"]) == 5 and "detections" not in record
+        text = Path("runs/detect/labels", Path(record["image"]).stem + ".txt").read_text()
+        assert text.splitlines()[0].endswith(record["classes"][0]["name"])
+
+
 def test_no_save_writes_nothing(run):
     before = files()
     lines = output_lines(run("-d", "pictures", "--no-save"))
@@ -631,7 +651,6 @@ def bad_files(golden, monkeypatch) -> None:
     Path("cut.pt").write_bytes((golden / "weights" / "yolov5n_v60.pt").read_bytes()[:100_000])
     # copies, not links: a fault in what is tested here must not reach the reference data through them
     shutil.copyfile(golden / "weights" / "yolov5n_v60.pt", "good.pt")
-    shutil.copyfile(golden / "weights" / "derived_seg_nc80.pt", "segment.pt")
     cv2.imwrite("picture.jpg", noise(50, 60))
 
 
@@ -646,7 +665,6 @@ def bad_files(golden, monkeypatch) -> None:
         ("-s --weights cut.pt", r"checkpoint cut\.pt.*: download or copy it again"),
         ("-s --weights picture.jpg", r"picture\.jpg holds no weights, it seems to be a picture"),
         ("-s --weights yolotrt.engine --engine b", r"yolotrt\.engine holds no weights, it seems to be an engine"),
-        ("-s --weights segment.pt --engine b", r"layer 24 \(Segment\) is a block that this version does not know"),
         ("-s --weights good.pt --imgsz 100", "100x100 does not fit this model: .*: use --imgsz 128 128"),
         ("-s --weights good.pt --imgsz 64 0", r"image size \(64, 0\): choose a number of pixels"),
         ("-s --weights good.pt --imgsz 64 1", "64x1 does not fit this model: .*: use --imgsz 64 32"),
