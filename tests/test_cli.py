@@ -431,8 +431,11 @@ def test_segmentation_gives_polygons_and_run_lengths(run, tiny_segment_engine):
 
 def test_classification_gives_the_best_classes(run, tiny_classifier_engine):
     tiny_classifier_engine.save("classify.engine")
-    result = run("-d", "pictures", "--engine", "classify.engine", "--save-txt", "--save-json", "o.json")
-    result.assert_succeeds()
+    outputs = ("--save-txt", "--save-json", "o.json", "--save-csv", "o.csv", "--save-jsonl", "o.jsonl")
+    run("-d", "pictures", "--engine", "classify.engine", *outputs).assert_succeeds()
+    assert all(line.endswith(",,,,") for line in Path("o.csv").read_text().splitlines()[1:])
+    crops = run("-d", "pictures", "--engine", "classify.engine", "--save-crops")
+    crops.assert_fails(2, "a classifier finds no boxes to cut out: leave out --save-crops")
     for record in json.loads(Path("o.json").read_text()):
         assert len(record["classes"]) == 5 and "detections" not in record
         text = Path("runs/detect/labels", Path(record["image"]).stem + ".txt").read_text()

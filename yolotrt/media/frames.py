@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from yolotrt.detections import Detections
+from yolotrt.detections import Classification, Detections
 from yolotrt.errors import InputError
 
 Image = npt.NDArray[np.uint8]
@@ -117,7 +117,7 @@ class Found:
     """
 
     frame: Frame
-    detections: Detections
+    detections: Detections | Classification
     drawn: Image | None = None
 
 

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from yolotrt.errors import OutputError
+from yolotrt.detections import Classification
+from yolotrt.errors import InputError, OutputError
 from yolotrt.files import atomic_write, atomic_write_text
 from yolotrt.media.frames import Clip, Found
 from yolotrt.media.images import WRITABLE_SUFFIXES, write_image
@@ -139,6 +140,8 @@ class CropSink:
 
     def write(self, found: Found) -> None:
         """See `Sink.write`."""
+        if isinstance(found.detections, Classification):
+            raise InputError("a classifier finds no boxes to cut out: leave out --save-crops")
         pixels = found.frame.pixels
         height, width = pixels.shape[:2]
         stem = self._names.frame_stem(found)
@@ -247,8 +250,13 @@ class JsonLinesFile(LineFile):
         self._append(json.dumps(frame_record(found.frame, found.detections), allow_nan=False) + "\n")
 
 
+_NO_BOX = ("",) * 4
+
+
 class CsvFile(LineFile):
     """CSV (RFC 4180) with a header: one detection a line, written at once. Pictures have no `frame` and `time_s`.
+
+    A classification has a line for each of its best classes, without a box.
 
     Args:
         path: The file.
@@ -263,8 +271,8 @@ class CsvFile(LineFile):
         place = [record["image"], record.get("frame", ""), record.get("time_s", "")]
         self._append(
             _csv_text(
-                [*place, item["class_id"], item["name"], item["confidence"], *item["xyxy"]]
-                for item in record["detections"]
+                [*place, item["class_id"], item["name"], item["confidence"], *item.get("xyxy", _NO_BOX)]
+                for item in record.get("detections") or record.get("classes", ())
             )
         )
 
