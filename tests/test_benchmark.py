@@ -43,13 +43,13 @@ def test_every_engine_is_measured_with_every_batch_that_it_takes(tiny_engine, ti
 
 
 def test_a_stage_that_takes_longer_is_seen_where_it_is(tiny_engine, pictures, monkeypatch):
-    right = host.HostSession._decode
+    right = host.HostDecoder.boxes
 
     def slow(self, *values):
         host.time.sleep(0.02)
         return right(self, *values)
 
-    monkeypatch.setattr(host.HostSession, "_decode", slow)
+    monkeypatch.setattr(host.HostDecoder, "boxes", slow)
     (row,) = benchmark.run([tiny_engine], pictures, Plan(repeats=5, threads=1))
     assert min(row.stages["whole"]) > 20
     assert min(row.stages[FILE_TO_BOXES]) > 20

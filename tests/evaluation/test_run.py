@@ -185,7 +185,9 @@ def change_nms(**options: float) -> Callable[[pytest.MonkeyPatch], None]:
     def mutate(patch: pytest.MonkeyPatch) -> None:
         right = postprocess.non_max_suppression
         patch.setattr(
-            host, "non_max_suppression", lambda rows, asked: right(rows, dataclasses.replace(asked, **options))
+            host,
+            "non_max_suppression",
+            lambda rows, asked, masks: right(rows, dataclasses.replace(asked, **options), masks),
         )
 
     return mutate
@@ -194,8 +196,8 @@ def change_nms(**options: float) -> Callable[[pytest.MonkeyPatch], None]:
 def worst_first(patch: pytest.MonkeyPatch) -> None:
     """NMS keeps the worst boxes of an overlap."""
 
-    def suppress(rows: np.ndarray, options: postprocess.NmsOptions) -> Boxes:
-        boxes = postprocess._select_classes(rows, options)
+    def suppress(rows: np.ndarray, options: postprocess.NmsOptions, masks: int) -> Boxes:
+        boxes = postprocess._select_classes(rows, options, masks)
         boxes = boxes.take(np.argsort(boxes.confidence, kind="stable"))
         kept = boxes.take(postprocess.greedy_nms(boxes, options.iou, options.max_detections))
         return kept.take(np.argsort(-kept.confidence, kind="stable"))
