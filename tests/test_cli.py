@@ -146,6 +146,26 @@ def test_build_options_reach_the_engine(run, tiny_weights, options, imgsz, batch
     assert f"{imgsz[0]}x{imgsz[1]}, batch {low if low == high else f'{low} to {high}'}, {precision}" in result.out
 
 
+def test_int8_is_calibrated_and_says_what_became_of_it(run, tiny_weights, monkeypatch):
+    monkeypatch.setenv("YOLOTRT_CACHE_DIR", "cache")
+    save_weights(tiny_weights, "tiny.wts")
+    Path("calib_images").mkdir()
+    for index in range(16):
+        picture = np.random.default_rng(index).integers(0, 256, (5, 7, 3), np.uint8)
+        cv2.imwrite(f"calib_images/{index}.png", cv2.resize(picture, (70, 50)))
+    command = ("-s", "--weights", "tiny.wts", "--precision", "int8", "--int8-keep", "model.1")
+    first = run(*command, "--calib-table", "scales.json").assert_succeeds().out
+    assert "5 of 8 convolutions fp32, 3 int8; kept in high precision: model.1\n" in first
+    assert "scales: mse of 16 pictures, calibrated now, written to scales.json\n" in first
+    again = run(*command, "--calib", "calib_images").assert_succeeds().out
+    assert "scales: mse of 16 pictures, from an earlier calibration with the same pictures, cache/scales/" in again
+    read = run(*command, "--calib-table", "scales.json").assert_succeeds().out
+    assert "scales: mse of 16 pictures, read from scales.json\n" in read
+    run("-d", "calib_images", "--no-save").assert_succeeds()
+    unknown = run(*command[:-1], "model.77", "--calib-table", "scales.json")
+    unknown.assert_fails(2, "--int8-keep model.77: the model has no layer of that name")
+
+
 def test_the_raw_plan_is_the_engine_without_its_header(run, tiny_weights):
     onnx = pytest.importorskip("onnx", reason="the raw plan of ONNX Runtime is read with onnx")
     save_weights(tiny_weights, "tiny.wts")
@@ -680,6 +700,16 @@ def bad_files(golden, monkeypatch) -> None:
         ("-s --weights good.pt --opt-batch 2", "give --max-batch as well"),
         ("-s --weights good.pt --workspace 0", "workspace of 0 MiB: choose at least 1"),
         ("-s --weights good.pt --precision int3", "argument --precision: invalid choice: 'int3'"),
+        ("-s --weights good.pt --calib folder", "--calib has an effect on INT8 alone: add --precision int8"),
+        ("-s --weights good.pt --precision int8", "no folder calib_images here: name yours with --calib"),
+        ("-s --weights good.pt --precision int8 --calib nope", "source nope does not exist: check the path"),
+        ("-s --weights good.pt --precision int8 --calib folder", "folder folder holds no picture"),
+        (
+            "-s --weights good.pt --precision int8 --calib picture.jpg",
+            "^.*: 1 calibration picture can be read, at least",
+        ),
+        ("-s --weights good.pt --precision int8 --calib-table text.txt", r"scale table text\.txt is no JSON"),
+        ("-s --weights good.pt --calib-method median", "argument --calib-method: invalid choice: 'median'"),
         ("-s --weights good.pt --backend cuda", "argument --backend: invalid choice: 'cuda'"),
         ("-s --weights good.pt --precision tf32 --backend onnxruntime", "onnxruntime does not build tf32: choose one"),
         ("-s --weights good.pt --optimization-level 6", "argument --optimization-level: invalid choice: 6"),
@@ -868,7 +898,7 @@ def test_files_of_every_kind_are_described(run, golden, tiny_weights):
 def test_help_names_every_option_and_version_the_version(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     text = run("--help").assert_succeeds().out
-    options = set(re.findall(r"(?<!\S)--?[a-z][a-z-]*", text))
+    options = set(re.findall(r"(?<!\S)--?[a-z][a-z0-9-]*", text))
     building = {"--weights", "--precision", "--imgsz", "--batch", "--min-batch", "--opt-batch", "--max-batch"}
     detecting = {"--conf", "--iou", "--max-det", "--classes", "--agnostic-nms", "--out", "--no-save", "--show"}
     evaluating = {"--eval", "--images", "--split", "--limit", "--compare", "--markdown", "--accuracy"}
@@ -876,6 +906,7 @@ def test_help_names_every_option_and_version_the_version(run, monkeypatch):
     assert options >= evaluating | measuring | {"-s", "-d", "--info", "--engine", "--debug", "--version"}
     assert options >= building | {"--backend", "--workspace", "--raw-plan", "--optimization-level", "--yololayer"}
     assert options >= {"--timing-cache", "--no-timing-cache", "--hardware-compatible", "--version-compatible"}
+    assert options >= {"--calib", "--calib-method", "--calib-table", "--int8-keep", "--int8-report"}
     assert options >= detecting | {"--save-txt", "--save-conf", "--save-json"}
     assert all(len(line) <= 90 for line in text.splitlines())  # the examples are wider than the terminal
     assert re.fullmatch(r"yolotrt \d+\.\d+\.\d+\n", run("--version").assert_succeeds().out)

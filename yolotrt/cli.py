@@ -215,7 +215,9 @@ def _add_build_options(add: Callable[..., None]) -> None:
     from yolotrt.engines.base import AUTO_YOLOLAYER, MAX_OPTIMIZATION_LEVEL, PRECISIONS, YOLOLAYERS
     from yolotrt.engines.build import AUTO, BACKENDS
 
-    add("--precision", choices=PRECISIONS, help="default: fp16 on a GPU, fp32 on a CPU")
+    add(
+        "--precision", choices=PRECISIONS, help="default: fp16 on a GPU, fp32 on a CPU; int8 takes calibration pictures"
+    )
     add(
         "--imgsz",
         type=int,
@@ -241,6 +243,23 @@ def _add_build_options(add: Callable[..., None]) -> None:
     add("--hardware-compatible", action="store_true", help="for all GPUs from compute capability 8.0 on (TensorRT)")
     add("--version-compatible", action="store_true", help="for later versions of TensorRT as well")
     add("--raw-plan", type=Path, metavar="FILE", help="write the bare plan (or ONNX model) as well")
+    _add_int8_options(add)
+
+
+def _add_int8_options(add: Callable[..., None]) -> None:
+    from yolotrt.calibration.options import DEFAULT_METHOD, METHODS
+
+    add("--calib", type=Path, metavar="DIR", help="pictures that show INT8 its ranges (default: calib_images/)")
+    add("--calib-method", choices=METHODS, help=f"how INT8 chooses ranges (default: {DEFAULT_METHOD})")
+    add("--calib-table", type=Path, metavar="FILE", help="INT8 scales: read if the file is there, else written")
+    add(
+        "--int8-keep",
+        nargs="+",
+        metavar="LAYER",
+        help="layers that stay in high precision, such as model.9; auto: those that INT8 hurts most; none "
+        "(default: auto, or none if --calib-table is read)",
+    )
+    add("--int8-report", type=Path, metavar="DIR", help="measure how much INT8 hurts each layer; table and plot")
 
 
 def _class(text: str) -> int | str:
@@ -361,6 +380,8 @@ def serialize(options: argparse.Namespace) -> int:
         f"{header.backend} {header.backend_version}, {_gpu_details(header)}{header.plan_size / 1e6:.1f} MB, "
         f"{time.perf_counter() - began:.1f} s"
     )
+    if header.precision == "int8":
+        _print_int8(header)
     return 0
 
 
@@ -371,8 +392,18 @@ def _gpu_details(header: EngineHeader) -> str:
 
     if header.yololayer == HOST:
         return ""
-    found = convolutions_in_words(header)
+    found = "" if header.precision == "int8" else convolutions_in_words(header)
     return f"{found}{', ' if found else ''}YoloLayer as {header.yololayer}, "
+
+
+def _print_int8(header: EngineHeader) -> None:
+    """What the library made of an INT8 network, and where its scales come from."""
+    from yolotrt.info import convolutions_in_words
+
+    notes = header.build_options["int8"]
+    kept = f"; kept in high precision: {', '.join(notes['keep'])}" if notes["keep"] else ""
+    print(printable(f"{convolutions_in_words(header)}{kept}"))
+    print(printable(f"scales: {notes['method']} of {notes['pictures']} pictures, {notes['scales']}"))
 
 
 def _check_build_outputs(options: argparse.Namespace) -> None:
@@ -422,6 +453,30 @@ def _build_options(options: argparse.Namespace) -> Any:
         hardware_compatible=options.hardware_compatible,
         version_compatible=options.version_compatible,
         yololayer=options.yololayer,
+        int8=_int8_options(options),
+    )
+
+
+def _int8_options(options: argparse.Namespace) -> Any:
+    """What the command line says about INT8."""
+    from yolotrt.calibration.options import DEFAULT_METHOD, Int8Options
+
+    given = {
+        "--calib": options.calib,
+        "--calib-method": options.calib_method,
+        "--calib-table": options.calib_table,
+        "--int8-keep": options.int8_keep,
+        "--int8-report": options.int8_report,
+    }
+    unused = [name for name, value in given.items() if value is not None]
+    if unused and options.precision != "int8":
+        raise InputError(f"{unused[0]} has an effect on INT8 alone: add --precision int8 or leave it out")
+    return Int8Options(
+        calib=options.calib,
+        method=options.calib_method or DEFAULT_METHOD,
+        keep=tuple(options.int8_keep or ()),
+        table=options.calib_table,
+        report=options.int8_report,
     )
 
 

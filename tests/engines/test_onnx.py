@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 
 from tests.reference import all_weights, tiny_metadata
+from yolotrt.engines import onnx as onnx_backend
 from yolotrt.engines.base import BuildOptions, CompleteOptions
 from yolotrt.engines.build import build_engine, open_session
 from yolotrt.engines.file import EngineFile, TensorInfo
@@ -173,3 +174,28 @@ def test_the_number_of_threads_is_passed_on(monkeypatch, static, threads):
     monkeypatch.setattr(onnxruntime, "InferenceSession", spy)
     run(static, pictures(1), threads=threads)
     assert used == [threads]
+
+
+@pytest.mark.parametrize(
+    ("cpu_info", "saturates"),
+    [
+        ("flags : fpu avx2 avx512f avx512_vnni", False),
+        ("flags : fpu avx2 avx_vnni", False),
+        ("flags : fpu avx2 fma", True),
+        ("Features : fp asimd", False),  # ARM
+        (None, False),  # not Linux
+    ],
+)
+def test_exact_8_bit_kernels_are_asked_for_where_the_fast_ones_saturate(tmp_path, monkeypatch, cpu_info, saturates):
+    path = tmp_path / "cpuinfo"
+    if cpu_info is not None:
+        path.write_text(cpu_info)
+    monkeypatch.setattr(onnx_backend, "_CPU_INFO", path)
+    onnx_backend._saturates_in_int8.cache_clear()
+    try:
+        assert onnx_backend._saturates_in_int8() == saturates
+        options = onnx_backend._session_options(1)
+        if saturates:
+            assert options.get_session_config_entry("session.x64quantprecision") == "1"
+    finally:
+        onnx_backend._saturates_in_int8.cache_clear()

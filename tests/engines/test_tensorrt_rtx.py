@@ -18,6 +18,7 @@ import pytest
 
 from tests.engines.fake_gpu import install_gpu, install_session
 from tests.reference import TINY_YAML, MadeUpWeights, all_weights, made_up_weights, official_metadata, tiny_metadata
+from yolotrt.calibration.activations import record
 from yolotrt.engines.base import BuildOptions, CompleteOptions, Plan
 from yolotrt.engines.build import build_engine, find_backend, open_session
 from yolotrt.engines.file import EngineFile, TensorInfo
@@ -25,6 +26,8 @@ from yolotrt.engines.tensorrt_rtx import TensorRtRtxBackend
 from yolotrt.engines.trt_adapter import TrtHooks
 from yolotrt.engines.trt_log import NO_DRIVER_MESSAGE, make_logger, shared_logger
 from yolotrt.errors import BackendUnavailableError, NetworkError, WeightsError
+from yolotrt.network.ops import Ops
+from yolotrt.network.quantize import Quantization, scale_groups
 from yolotrt.weights import Weights
 
 
@@ -74,6 +77,49 @@ def test_every_official_size_gives_a_plan(rtx, size, precision):
         # a plan holds every weight once, in the precision, and some megabytes of code
         weight_bytes = PARAMETERS[size] * {"fp32": 4, "fp16": 2}[precision]
         assert weight_bytes < len(plan.data) < 1.1 * weight_bytes + 6e6
+
+
+CONVOLUTIONS = {"n": 60, "s": 60, "m": 82, "l": 104, "x": 126}
+
+
+@pytest.mark.parametrize("size", "nsmlx")
+def test_all_convolutions_but_the_heads_are_int8_in_every_official_size(rtx, size):
+    weights = official_weights(size)
+    for batch_range in ((1, 1, 1), (1, 4, 8)) if size == "n" else ((1, 4, 8),):
+        plan = build_int8(rtx, weights, batch_range=batch_range)
+        total = CONVOLUTIONS[size]
+        assert plan.findings == {"convolutions": {"int8": total - 3, "fp16": 3}}
+    assert len(plan.data) < 1.1 * PARAMETERS[size] + 8e6
+
+
+def test_kept_layers_are_not_int8(rtx):
+    plan = build_int8(rtx, official_weights("n"), keep=("model.2", "model.9.cv1"))
+    assert plan.findings == {"convolutions": {"int8": 51, "fp16": 9}}
+
+
+def test_convolutions_that_the_library_leaves_in_float_are_noticed(rtx, monkeypatch, caplog):
+    """Scales of shape (1,) in place of () are accepted and give float convolutions, without a message."""
+
+    def with_shape_1(ops: Ops, array: np.ndarray, name: str) -> Any:
+        return original(ops, np.atleast_1d(array) if ".kernel" not in name else array, name)
+
+    original = Ops._constant_tensor
+    monkeypatch.setattr(Ops, "_constant_tensor", with_shape_1)
+    plan = TensorRtRtxBackend().build(all_weights(tiny_metadata()), int8_options(all_weights(tiny_metadata())))
+    assert "int8" not in plan.findings["convolutions"]
+    assert "the library computes the others in floating point" in caplog.text
+
+
+def build_int8(rtx: ModuleType, weights: Weights, keep: tuple[str, ...] = (), **options: Any) -> Plan:
+    plan = TensorRtRtxBackend().build(weights, int8_options(weights, keep, **options))
+    assert shared_logger(rtx).errors == []
+    return plan
+
+
+def int8_options(weights: Weights, keep: tuple[str, ...] = (), batch_range=(1, 1, 1)) -> CompleteOptions:
+    imgsz = weights.metadata.imgsz
+    scales = {name: 0.05 for group in scale_groups(record(weights, imgsz)) for name in group}
+    return CompleteOptions("int8", imgsz, batch_range, quantization=Quantization(scales, keep))
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from yolotrt.calibration.options import Int8Options
 from yolotrt.engines.file import EngineFile, EngineHeader, TensorInfo
 from yolotrt.errors import InputError
+from yolotrt.network.quantize import Quantization
 from yolotrt.postprocess import Boxes, NmsOptions, softmax
 from yolotrt.weights import Weights
 from yolotrt.weights.model import MAX_IMAGE_SIZE
 
-PRECISIONS = ("fp32", "tf32", "fp16")
+PRECISIONS = ("fp32", "tf32", "fp16", "int8")
 MAX_BATCH = 1024
 MAX_OPTIMIZATION_LEVEL = 5
 
@@ -48,8 +50,8 @@ class BuildOptions:
     """How to build an engine.
 
     Attributes:
-        precision: ``fp32``, ``tf32`` (fp32 whose products a GPU may round to 10 bits) or ``fp16``; None takes the
-            backend's default.
+        precision: ``fp32``, ``tf32`` (fp32 whose products a GPU may round to 10 bits), ``fp16`` or ``int8``; None
+            takes the backend's default.
         imgsz: Network input height and width in pixels, or one number for both; None takes the model's own.
         min_batch: Smallest batch.
         max_batch: Largest batch. The batch is static where it equals `min_batch`.
@@ -62,6 +64,7 @@ class BuildOptions:
         version_compatible: Whether the engine runs with later versions of TensorRT.
         yololayer: Where raw heads become boxes on a GPU: ``plugin`` (inside the engine), ``kernel`` (right after it),
             or ``auto`` for the plugin where TensorRT hosts it.
+        int8: How the scales of an INT8 engine are found.
     """
 
     precision: str | None = None
@@ -76,6 +79,7 @@ class BuildOptions:
     hardware_compatible: bool = False
     version_compatible: bool = False
     yololayer: str = AUTO_YOLOLAYER
+    int8: Int8Options = field(default_factory=Int8Options)
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -139,7 +143,7 @@ class CompleteOptions:
     """`BuildOptions` with the defaults of the model and the backend filled in.
 
     Attributes:
-        precision: ``fp32``, ``tf32`` or ``fp16``.
+        precision: ``fp32``, ``tf32``, ``fp16`` or ``int8``.
         imgsz: Network input height and width in pixels.
         batch_range: Smallest, usual and largest batch.
         workspace_mib: As in `BuildOptions`, like all that follows.
@@ -149,6 +153,7 @@ class CompleteOptions:
         hardware_compatible: For all GPUs from compute capability 8.0 on.
         version_compatible: For later versions of TensorRT.
         yololayer: ``auto``, ``plugin`` or ``kernel``.
+        quantization: Scales and kept layers of an INT8 engine; None for other precisions.
     """
 
     precision: str
@@ -161,6 +166,7 @@ class CompleteOptions:
     hardware_compatible: bool = False
     version_compatible: bool = False
     yololayer: str = AUTO_YOLOLAYER
+    quantization: Quantization | None = None
 
     @property
     def is_dynamic(self) -> bool:
@@ -365,7 +371,7 @@ class Backend(abc.ABC):
 
     name: str
     default_precision: str
-    precisions: tuple[str, ...] = ("fp32", "fp16")
+    precisions: tuple[str, ...] = ("fp32", "fp16", "int8")
     gpu_options: frozenset[str] = frozenset()
 
     def check_options(self, options: CompleteOptions) -> None:

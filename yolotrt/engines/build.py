@@ -79,6 +79,13 @@ def build_engine(
     library.check_options(complete)
     version = library.version()
     _log.info("building with %s %s: %s", library.name, version, complete)
+    weights_sha256 = _weights_checksum(weights)
+    notes: dict[str, Any] = {}
+    if complete.precision == "int8":
+        from yolotrt.calibration.prepare import prepare
+
+        prepared = prepare(weights, weights_sha256, complete, (options or BuildOptions()).int8, library.name)
+        complete, notes = prepared.options, {"int8": prepared.notes}
     plan = library.build(weights, complete)
     header = EngineHeader(
         model=weights.metadata,
@@ -91,12 +98,12 @@ def build_engine(
         outputs=plan.outputs,
         plan_sha256=hashlib.sha256(plan.data).hexdigest(),
         plan_size=len(plan.data),
-        weights_sha256=_weights_checksum(weights),
+        weights_sha256=weights_sha256,
         yololayer=plan.yololayer,
         letterbox=input_rule(weights.metadata.task),
         device_name=plan.device_name,
         compute_capability=plan.compute_capability,
-        build_options=_build_options(complete, plan),
+        build_options={**_build_options(complete, plan), **notes},
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         yolotrt_version=yolotrt.__version__,
     )

@@ -5,6 +5,7 @@ All libraries have TensorRT's builder API, so there is one way through it; `Buil
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,10 @@ from yolotrt.engines.file import TensorInfo
 from yolotrt.errors import BuildError, YolotrtError
 from yolotrt.network.builder import INPUT_NAME, NetworkBuilder
 from yolotrt.network.ops import Tensor
+from yolotrt.network.quantize import ONNX_RUNTIME, Placement
 from yolotrt.weights import Weights
+
+_log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 
@@ -23,9 +27,18 @@ class BuildHooks:
 
     Attributes:
         logger: The library's logger object.
+        placement: Where the library wants INT8 to begin and end.
     """
 
     logger: Any = None
+
+    def __init__(self, placement: Placement = ONNX_RUNTIME) -> None:
+        """Prepare one build.
+
+        Args:
+            placement: Where the library wants INT8 to begin and end.
+        """
+        self.placement = placement
 
     def explain(self) -> str:
         """The library's last error message."""
@@ -46,6 +59,24 @@ class BuildHooks:
     def finish_network(self, definition: NetworkBuilder, network: Any, heads: Mapping[str, Tensor]) -> list[Tensor]:  # noqa: ARG002
         """Make the network's outputs; `heads` are the raw heads by name, of the compute type."""
         return list(definition.mark_outputs(heads).values())
+
+    def int8_convolutions(self, plan: bytes) -> int | None:  # noqa: ARG002
+        """How many convolutions a plan computes in INT8, as far as the plan itself tells; None if it does not."""
+        return None
+
+    def count_int8(self, plan: bytes, definition: NetworkBuilder) -> dict[str, Any]:
+        """What the library made of an INT8 network's convolutions, for `Plan.findings`."""
+        found, wanted = self.int8_convolutions(plan), len(definition.int8_convolutions)
+        if found is None:
+            return {}
+        if found < wanted:
+            _log.warning(
+                "%d of %d convolutions that were to be int8 are: the library computes the others in floating point",
+                found,
+                wanted,
+            )
+        counts = {"int8": found, self.placement.high_precision: len(definition.convolutions) - found}
+        return {"convolutions": {kind: count for kind, count in counts.items() if count}}
 
     def configure(self, config: Any) -> None:
         """Set what has no option in `build_plan`."""
@@ -75,7 +106,8 @@ def build_plan(trt: Any, weights: Weights, options: CompleteOptions, hooks: Buil
         raise hooks.failure() from problem
     network = hooks.create_network(trt, builder)
     network.name = "yolov5"
-    compute_dtype = trt.float16 if options.precision == "fp16" else trt.float32
+    real = hooks.placement.high_precision if options.precision == "int8" else options.precision
+    compute_dtype = trt.float16 if real == "fp16" else trt.float32
     definition = NetworkBuilder(
         network,
         trt,
@@ -83,6 +115,8 @@ def build_plan(trt: Any, weights: Weights, options: CompleteOptions, hooks: Buil
         compute_dtype=compute_dtype,
         explain=hooks.explain,
         io_dtype=hooks.io_dtype(trt, compute_dtype),
+        quantization=options.quantization,
+        placement=hooks.placement,
     )
     heads = definition.build_heads(-1 if options.is_dynamic else options.batch_range[2], *options.imgsz)
     outputs = hooks.finish_network(definition, network, heads)
@@ -94,10 +128,12 @@ def build_plan(trt: Any, weights: Weights, options: CompleteOptions, hooks: Buil
     data = hooks.serialize(definition, builder, config)
     if data is None:
         raise hooks.failure()
+    findings = hooks.count_int8(data, definition) if options.precision == "int8" else {}
     return Plan(
         data,
         inputs=tuple(_info(network.get_input(index)) for index in range(network.num_inputs)),
         outputs=tuple(_info(tensor) for tensor in outputs),
+        findings=findings,
     )
 
 

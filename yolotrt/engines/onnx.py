@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from yolotrt.engines.base import Backend, CompleteOptions, Plan, Session
-from yolotrt.engines.definition import build_plan
+from yolotrt.engines.definition import BuildHooks, build_plan
 from yolotrt.engines.file import REBUILD, EngineFile
 from yolotrt.engines.host import HostSession
 from yolotrt.errors import BackendUnavailableError, BuildError, EngineFileError, InferenceError, InputError
@@ -17,6 +20,11 @@ from yolotrt.weights import Weights
 
 _ERRORS_ONLY = 3
 """ONNX Runtime's log level; its warnings speak of internals that a user cannot change."""
+
+_EXACT_INT8 = "session.x64quantprecision"
+"""Session option: with 1, ONNX Runtime's 8-bit kernels are exact on any x86 CPU, but much slower than those of VNNI."""
+
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
 class OnnxRuntimeBackend(Backend):
@@ -31,9 +39,9 @@ class OnnxRuntimeBackend(Backend):
 
     def build(self, weights: Weights, options: CompleteOptions) -> Plan:
         """Write the network as an ONNX model and check that ONNX Runtime loads it."""
-        plan = build_plan(recorder, weights, options)
+        plan = build_plan(recorder, weights, options, _OnnxHooks())
         try:
-            _inference_session(plan.data, threads=1)
+            inference_session(plan.data, threads=1)
         except _library_errors() as problem:
             raise BuildError(f"ONNX Runtime refuses the network ({_first_line(problem)}): report this") from problem
         return plan
@@ -41,6 +49,13 @@ class OnnxRuntimeBackend(Backend):
     def open(self, engine: EngineFile, *, threads: int | None = None) -> Session:
         """Open a session; by default ONNX Runtime takes one thread a physical core."""
         return OnnxRuntimeSession(engine, threads=threads)
+
+
+class _OnnxHooks(BuildHooks):
+    """Looks at what ONNX Runtime's optimizer makes of an INT8 network."""
+
+    def int8_convolutions(self, plan: bytes) -> int | None:
+        return _count_int8_convolutions(plan)
 
 
 class OnnxRuntimeSession(HostSession):
@@ -57,7 +72,7 @@ class OnnxRuntimeSession(HostSession):
             raise InputError(f"threads {threads!r}: choose a whole number of at least 1")
         super().__init__(engine.header)
         try:
-            self._session: Any = _inference_session(engine.plan, threads)
+            self._session: Any = inference_session(engine.plan, threads)
         except _library_errors() as problem:
             raise EngineFileError(
                 f"engine {engine.label} cannot be loaded by ONNX Runtime ({_first_line(problem)}): {REBUILD}"
@@ -111,14 +126,45 @@ def _library_errors() -> tuple[type[Exception], ...]:
     return (*own, RuntimeError, ValueError)
 
 
-def _inference_session(model: bytes, threads: int | None) -> Any:
+def inference_session(model: bytes, threads: int | None) -> Any:
     """An onnxruntime.InferenceSession on the CPU."""
-    runtime = _onnxruntime()
-    options = runtime.SessionOptions()
+    return _onnxruntime().InferenceSession(model, _session_options(threads), providers=["CPUExecutionProvider"])
+
+
+def _session_options(threads: int | None) -> Any:
+    """An onnxruntime.SessionOptions."""
+    options = _onnxruntime().SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
+    if _saturates_in_int8():
+        options.add_session_config_entry(_EXACT_INT8, "1")
     if threads is not None:
         options.intra_op_num_threads = threads
-    return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return options
+
+
+@functools.cache
+def _saturates_in_int8() -> bool:
+    """Whether this is an x86 CPU without VNNI, whose fast 8-bit kernels add two products in 16 bits, which saturate.
+
+    Known on Linux; elsewhere the fast kernels are taken.
+    """
+    try:
+        flags = set(_CPU_INFO.read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        return False
+    return "avx2" in flags and flags.isdisjoint({"avx512_vnni", "avx_vnni"})
+
+
+def _count_int8_convolutions(model: bytes) -> int:
+    """Convolutions that ONNX Runtime's optimizer leaves as 8-bit kernels, by the types of the optimized nodes."""
+    import onnx
+
+    options = _session_options(threads=1)
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        _onnxruntime().InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        optimized = onnx.load(options.optimized_model_filepath)
+    return sum(node.op_type == "QLinearConv" for node in optimized.graph.node)
 
 
 def _first_line(problem: Exception) -> str:

@@ -37,7 +37,7 @@ _DIGITS = PORTABLE_ARCHITECTURE.removeprefix("compute_")
 FIRST_FOR_PLUGIN = (int(_DIGITS[:-1]), int(_DIGITS[-1]))
 """Compute capability that the plugin's device code is for; it runs on later ones, too."""
 
-ALLOWED = {"fp32": ("fp32",), "tf32": ("tf32", "fp32"), "fp16": ("fp16",)}
+ALLOWED = {"fp32": ("fp32",), "tf32": ("tf32", "fp32"), "fp16": ("fp16",), "int8": ("int8",)}
 """By the precision that is asked for: what a convolution may have. TF32 is leave, not a duty."""
 
 NAMED_CONVOLUTIONS = 5
@@ -190,7 +190,7 @@ class _TensorRtHooks(TrtHooks):
             return super().finish_network(definition, network, heads)
         from yolotrt.plugin.yololayer import add_yololayer
 
-        self.convolutions = definition.convolutions
+        self.note_convolutions(definition)
         model = self._model
         try:
             rows = add_yololayer(
@@ -232,11 +232,15 @@ def verify_precision(trt: Any, hooks: TrtHooks, plan: Plan, options: CompleteOpt
     """
     found = inspector.convolution_precisions(_engine_information(trt, hooks, plan, options), hooks.convolutions)
     counts = inspector.count_precisions(found)
+    if options.precision == "int8":  # the head and the layers to keep are not to be INT8
+        found = {name: found[name] for name in hooks.int8_convolutions_wanted}
     library, precision, total = library_label(trt), options.precision, len(found)
     right = sum(kind in ALLOWED[precision] for kind in found.values())
-    untold = counts.get(inspector.UNKNOWN, 0)
+    untold = sum(kind == inspector.UNKNOWN for kind in found.values())
     _log.info("%d of %d convolutions %s", right, total, precision)
-    if untold == total:
+    if total == 0:
+        _log.warning("all convolutions are kept in high precision: --precision fp16 would give the same engine")
+    elif untold == total:
         _log.warning("%s does not tell in which precision its convolutions are", library)
     elif right == 0:
         raise BuildError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +39,7 @@ class TensorRtRtxBackend(Backend):
         if options.yololayer == PLUGIN:
             raise BackendUnavailableError("TensorRT-RTX takes no plugins: build with --yololayer kernel")
         trt = tensorrt_rtx_module()
-        hooks = TrtHooks(trt, options)
+        hooks = _RtxHooks(trt, options)
         plan = build_plan(trt, weights, options, hooks)
         hooks.warn_of_survived_errors()
         return replace(plan, yololayer=KERNEL)
@@ -55,6 +56,29 @@ class TensorRtRtxBackend(Backend):
         from yolotrt.engines.gpu_session import GpuSession
 
         return GpuSession.open(trt, engine)
+
+
+class _RtxHooks(TrtHooks):
+    """Looks at what TensorRT-RTX made of an INT8 network."""
+
+    def int8_convolutions(self, plan: bytes) -> int | None:
+        return count_int8_convolutions(plan)
+
+
+def count_int8_convolutions(plan: bytes) -> int:
+    """Convolutions of a plan that read INT8 activations and INT8 kernels.
+
+    The plan's text is undocumented; this holds for TensorRT-RTX 1.7.
+    """
+    text = plan.decode("latin1")
+    types = dict(_PLAN_TENSOR.findall(text))
+    operands = (_QUOTED.findall(inputs)[:2] for inputs in _PLAN_CONVOLUTION.findall(text))
+    return sum([types.get(name) for name in names] == ["int8", "int8"] for names in operands)
+
+
+_PLAN_TENSOR = re.compile(r'tensor=\{[^\n]*?name="([^"]+)"[^\n]*?type=(\w+) \}')
+_PLAN_CONVOLUTION = re.compile(r'corrltn=\{ name="[^"]*" output=\{[^}]*\} input=\{([^}]*)\}')
+_QUOTED = re.compile(r'"([^"]+)"')
 
 
 def runs_on(capability: tuple[int, int]) -> bool:

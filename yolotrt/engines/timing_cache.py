@@ -28,7 +28,8 @@ from yolotrt.weights.infer import network_tensors
 _MAGIC = "yolotrt-timing-cache-1"
 _MAX_LINE = 512
 _KEY_DIGITS = 16
-_WITHOUT_INFLUENCE = ("timing_cache", "use_timing_cache")
+_WITHOUT_INFLUENCE = ("timing_cache", "use_timing_cache", "quantization")
+"""The values of scales do not matter; which layers INT8 leaves out does, and has an entry of its own."""
 
 _log = logging.getLogger(__name__)
 
@@ -117,6 +118,7 @@ def _key(weights: Weights, options: CompleteOptions, gpu: Gpu, version: str) -> 
         "activations": [metadata.activation, metadata.activations],
         "decoding": [metadata.anchors, metadata.strides] if options.yololayer == PLUGIN else None,
         "options": {name: value for name, value in asdict(options).items() if name not in _WITHOUT_INFLUENCE},
+        "kept layers": None if options.quantization is None else options.quantization.keep,
         "gpu": [gpu.name, gpu.capability],
         "tensorrt": version,
     }

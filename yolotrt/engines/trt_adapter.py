@@ -4,6 +4,7 @@
 | --- | --- | --- | --- |
 | network | explicit batch, weakly typed | strongly typed on request | always strongly typed |
 | fp16 | flags, and every layer constrained | types of tensors | types of tensors |
+| int8 | Q/DQ of two arguments in a float32 network, and flags | Q/DQ of three arguments | Q/DQ of three arguments |
 | sharing of a profile | a preview feature | always | always |
 | tactic sources cuBLAS, cuDNN | on or off by version | off | gone |
 | progress monitor | none | yes | yes |
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from yolotrt.engines.base import CompleteOptions
@@ -34,6 +36,7 @@ from yolotrt.engines.trt_log import NO_GPU_REMEDY, build_failure, shared_logger,
 from yolotrt.errors import BackendUnavailableError, YolotrtError
 from yolotrt.network.builder import NetworkBuilder
 from yolotrt.network.ops import Tensor
+from yolotrt.network.quantize import TENSORRT
 
 
 class TrtHooks(BuildHooks):
@@ -43,6 +46,7 @@ class TrtHooks(BuildHooks):
 
     Attributes:
         convolutions: Names of the network's convolutions, once it is defined.
+        int8_convolutions_wanted: Names of those that are to be INT8.
     """
 
     def __init__(self, trt: Any, options: CompleteOptions) -> None:
@@ -52,9 +56,11 @@ class TrtHooks(BuildHooks):
             trt: The module `tensorrt` or `tensorrt_rtx`.
             options: How to build.
         """
+        super().__init__(TENSORRT if is_strongly_typed(trt) else replace(TENSORRT, high_precision="fp32"))
         self.logger = shared_logger(trt)
         self.logger.clear()
         self.convolutions: tuple[str, ...] = ()
+        self.int8_convolutions_wanted: tuple[str, ...] = ()
         self._trt = trt
         self._options = options
         self._library = library_label(trt)
@@ -83,11 +89,16 @@ class TrtHooks(BuildHooks):
 
     def finish_network(self, definition: NetworkBuilder, network: Any, heads: Mapping[str, Tensor]) -> list[Tensor]:
         """See `BuildHooks.finish_network`."""
-        self.convolutions = definition.convolutions
+        self.note_convolutions(definition)
         outputs = super().finish_network(definition, network, heads)
         if self._options.precision == "fp16" and not is_strongly_typed(self._trt):
             constrain_types(network, outputs, self._trt.float16)
         return outputs
+
+    def note_convolutions(self, definition: NetworkBuilder) -> None:
+        """Remember what to look for in the engine."""
+        self.convolutions = definition.convolutions
+        self.int8_convolutions_wanted = definition.int8_convolutions
 
     def configure(self, config: Any) -> None:
         """See `BuildHooks.configure`."""
@@ -165,6 +176,8 @@ def check_platform(trt: Any, builder: Any, gpu: Gpu, options: CompleteOptions) -
     # from 11 on the builder does not tell, and every GPU that is left has fast halves
     if options.precision == "fp16" and not getattr(builder, "platform_has_fast_fp16", True):
         raise BackendUnavailableError(f"this GPU has no fast fp16 ({where}): build with --precision fp32")
+    if options.precision == "int8" and not getattr(builder, "platform_has_fast_int8", True):
+        raise BackendUnavailableError(f"this GPU has no fast int8 ({where}): build with --precision fp16")
     has_tf32 = getattr(builder, "platform_has_tf32", gpu.capability >= FIRST_WITH_TF32)
     if options.precision == "tf32" and not has_tf32:
         raise BackendUnavailableError(f"this GPU has no TF32 ({where}): build with --precision fp32")
@@ -190,6 +203,10 @@ def _set_precision(trt: Any, config: Any, precision: str) -> None:
     if precision == "fp16" and not is_strongly_typed(trt):
         config.set_flag(_required(trt, trt.BuilderFlag, "FP16", "--precision fp16"))
         config.set_flag(_required(trt, trt.BuilderFlag, "OBEY_PRECISION_CONSTRAINTS", "--precision fp16"))
+    if precision == "int8" and not is_strongly_typed(trt):
+        # Q/DQ say what is INT8; of the rest, float32 in the network, TensorRT may compute any layer in halves
+        config.set_flag(_required(trt, trt.BuilderFlag, "INT8", "--precision int8"))
+        config.set_flag(_required(trt, trt.BuilderFlag, "FP16", "--precision int8"))
 
 
 def _turn_off_external_libraries(trt: Any, config: Any) -> None:

@@ -14,6 +14,7 @@ from yolotrt.network import recorder
 from yolotrt.network.blocks import BLOCKS, Block
 from yolotrt.network.graph import INPUT, Layer, ModelGraph
 from yolotrt.network.ops import MAX_TENSOR_VOLUME, Ops, OutlineOps, Tensor
+from yolotrt.network.quantize import TENSORRT, Placement, Quantization, Quantizer
 from yolotrt.weights import Weights
 from yolotrt.weights.model import FloatArray
 
@@ -64,6 +65,8 @@ class NetworkBuilder:
         compute_dtype: Any,
         explain: Callable[[], str] = str,
         io_dtype: Any = None,
+        quantization: Quantization | None = None,
+        placement: Placement = TENSORRT,
     ) -> None:
         """Prepare to build into an empty network.
 
@@ -74,6 +77,8 @@ class NetworkBuilder:
             compute_dtype: `trt.float32` or `trt.float16`.
             explain: Returns the library's last error message.
             io_dtype: The type of the network's input and outputs; None is `trt.float32`.
+            quantization: Makes it an INT8 network, with `compute_dtype` where it is not INT8.
+            placement: Where the library wants INT8 to begin and end.
 
         Raises:
             GraphError: if the model's yaml is malformed.
@@ -81,6 +86,9 @@ class NetworkBuilder:
         self._network = network
         self.graph = ModelGraph.from_metadata(weights.metadata)
         self.summary: list[LayerSummary] = []
+        self._quantizer = None
+        if quantization is not None:
+            self._quantizer = Quantizer(quantization, placement, (INPUT_NAME,), self.graph.head.name)
         self._weights = _UsedWeights(weights.tensors, weights.metadata, source=weights)
         self._ops = self._make_ops(network, trt, self._weights, compute_dtype, explain, io_dtype)
 
@@ -93,6 +101,11 @@ class NetworkBuilder:
     def convolutions(self) -> tuple[str, ...]:
         """Names of all convolutions."""
         return tuple(self._ops.convolutions)
+
+    @property
+    def int8_convolutions(self) -> tuple[str, ...]:
+        """Names of those that read INT8 activations and an INT8 kernel."""
+        return tuple(self._ops.int8_convolutions)
 
     def build(self, batch: int, height: int, width: int) -> dict[str, Tensor]:
         """Add input ``images`` (batch, 3, height, width), all layers, and the heads as outputs; see `build_heads`."""
@@ -135,13 +148,15 @@ class NetworkBuilder:
         heads = self._add_layers(image)
         self._check_head_sizes(heads, height, width)
         self._check_no_tensor_is_left()
+        if self._quantizer is not None:
+            self._quantizer.check_kept_layers_exist()
         return heads
 
     def _make_ops(
         self, network: Any, trt: Any, weights: Weights, compute_dtype: Any, explain: Callable[[], str], io_dtype: Any
     ) -> Ops:
         """What adds the layers."""
-        return Ops(network, trt, weights, compute_dtype, explain, io_dtype=io_dtype)
+        return Ops(network, trt, weights, compute_dtype, explain, io_dtype=io_dtype, quantizer=self._quantizer)
 
     def _add_layers(self, image: Tensor) -> dict[str, Tensor]:
         """Add all layers of the yaml; returns what the head gives."""

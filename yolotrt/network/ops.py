@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from yolotrt.errors import NetworkError, WeightsError
+from yolotrt.network import quantize
+from yolotrt.network.quantize import Quantizer
 from yolotrt.weights import Weights
 from yolotrt.weights.folding import batch_norm, convolution_parts, folded_convolution, folded_part
 from yolotrt.weights.model import FloatArray
@@ -47,6 +49,7 @@ class Ops:
         explain: Callable[[], str] = str,
         *,
         io_dtype: Any = None,
+        quantizer: Quantizer | None = None,
     ) -> None:
         """Wrap a network definition.
 
@@ -57,6 +60,7 @@ class Ops:
             compute_dtype: `trt.float32` or `trt.float16`: the type of all activations and weights.
             explain: Returns the library's last error message, for errors raised here.
             io_dtype: The type of the network's inputs and outputs; None is `trt.float32`.
+            quantizer: Says what becomes INT8; None leaves all in the compute type.
         """
         self.weights = weights
         self._network = network
@@ -66,20 +70,25 @@ class Ops:
         self._numpy_dtype = np.float16 if compute_dtype == trt.float16 else np.float32
         self._explain = explain
         self.operations = 0
+        self._quantizer = quantizer
+        self._quantized_tensors: dict[str, Tensor] = {}
+        self._sources: dict[str, str] = {}  # name of a dequantized tensor -> name of what was quantized
+        self._originals: dict[str, Tensor] = {}  # the same -> what was quantized
         # TensorRT reads some arrays as late as in the build, by pointer: each must outlive it.
         self.keep_alive: list[npt.NDArray[Any]] = []
         self.convolutions: list[str] = []
+        self.int8_convolutions: list[str] = []
 
     def input(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Add a network input; a dimension of -1 is dynamic. Computation goes on in the compute type."""
         tensor = self._network.add_input(name, self._io_dtype, shape)
         if tensor is None:
             raise NetworkError(f"input {name} of shape {shape} was refused{self._reason()}")
-        return self._with_dtype(tensor, self._compute_dtype, f"{name}.cast")
+        return self._with_dtype(tensor, self._compute_dtype, f"{name}{quantize.CAST_SUFFIX}")
 
     def output(self, tensor: Tensor, name: str) -> Tensor:
         """Mark `tensor`, which is of the compute type, as the network output `name`."""
-        tensor = self._with_dtype(tensor, self._io_dtype, f"{name}.cast")
+        tensor = self._with_dtype(tensor, self._io_dtype, f"{name}{quantize.CAST_SUFFIX}")
         tensor.name = name
         self._network.mark_output(tensor)
         return tensor
@@ -97,10 +106,16 @@ class Ops:
         groups: int = 1,
     ) -> Tensor:
         """2-D convolution; `kernel` is (out, in / groups, height, width), `bias` (out,)."""
+        is_quantized = self._scale_to_read(x, quantize.CONVOLUTION, name) is not None
+        x = self._as_read(x, quantize.CONVOLUTION, name)
+        own_kernel = self._trt.Weights(self._compute_dtype) if is_quantized else self._constant(kernel, name)
         layer = self._network.add_convolution_nd(
-            x, kernel.shape[0], kernel.shape[2:], self._constant(kernel, name), self._constant(bias, name)
+            x, kernel.shape[0], kernel.shape[2:], own_kernel, self._constant(bias, name)
         )
         self._require(layer, name)
+        if is_quantized:
+            layer.set_input(1, self._quantized_kernel(kernel, name))
+            self.int8_convolutions.append(name)
         layer.stride_nd = stride
         layer.padding_nd = padding
         layer.dilation_nd = dilation
@@ -108,7 +123,7 @@ class Ops:
         self.convolutions.append(name)
         y = self._checked(layer, name)
         self._count(kernel.size * y.shape[2] * y.shape[3] + math.prod(y.shape[1:]))
-        return y
+        return self._as_written(y, quantize.CONVOLUTION, reads_int8=is_quantized)
 
     def conv_batch_norm(
         self,
@@ -262,7 +277,8 @@ class Ops:
         add = _ACTIVATIONS.get(function)
         if add is None:
             raise NetworkError(f"{name}: activation {kind!r} is not known: known are {', '.join(sorted(_ACTIVATIONS))}")
-        return add(self, x, name, _slope(argument, name))
+        y = add(self, x, name, _slope(argument, name))
+        return self._as_written(y, quantize.ACTIVATION, reads_int8=self._is_quantized(x))
 
     def unary(self, x: Tensor, name: str, kind: str, alpha: float | None = None, beta: float | None = None) -> Tensor:
         """Apply an activation layer of TensorRT, such as ``SIGMOID``; `alpha` and `beta` as its documentation says."""
@@ -272,7 +288,8 @@ class Ops:
             layer.alpha = alpha
         if beta is not None:
             layer.beta = beta
-        return self._checked(layer, name)
+        y = self._checked(layer, name)
+        return y if kind != "SIGMOID" else self._as_written(y, quantize.SIGMOID, reads_int8=self._is_quantized(x))
 
     def multiply(self, a: Tensor, b: Tensor, name: str) -> Tensor:
         """Elementwise product of two tensors of one shape."""
@@ -280,35 +297,104 @@ class Ops:
 
     def add(self, a: Tensor, b: Tensor, name: str) -> Tensor:
         """Elementwise sum of two tensors of one shape."""
-        return self._elementwise(a, b, name, self._trt.ElementWiseOperation.SUM)
+        a, b = (self._as_read(tensor, quantize.ADD, name) for tensor in (a, b))
+        y = self._elementwise(a, b, name, self._trt.ElementWiseOperation.SUM)
+        return self._as_written(y, quantize.ADD, reads_int8=self._is_quantized(a))
 
     def concat(self, tensors: Sequence[Tensor], name: str, axis: int = 1) -> Tensor:
         """Join tensors along `axis` (1: channels)."""
-        layer = self._network.add_concatenation(list(tensors))
+        tensors = [self._as_read(tensor, quantize.CONCAT, name) for tensor in tensors]
+        layer = self._network.add_concatenation(tensors)
         self._require(layer, name)
         layer.axis = axis
-        return self._checked(layer, name)
+        reads_int8 = all(map(self._is_quantized, tensors))
+        return self._as_written(self._checked(layer, name), quantize.CONCAT, reads_int8=reads_int8)
 
     def max_pool(self, x: Tensor, name: str, size: int, *, stride: int = 1, padding: int = 0) -> Tensor:
         """2-D max-pooling with a square window."""
+        x = self._as_read(x, quantize.MAX_POOL, name)
         layer = self._network.add_pooling_nd(x, self._trt.PoolingType.MAX, (size, size))
         self._require(layer, name)
         layer.stride_nd = (stride, stride)
         layer.padding_nd = (padding, padding)
-        return self._checked(layer, name)
+        return self._as_written(self._checked(layer, name), quantize.MAX_POOL, reads_int8=self._is_quantized(x))
 
     def upsample_nearest(self, x: Tensor, name: str, factor: int) -> Tensor:
         """Repeat every pixel `factor` times in both directions, as torch.nn.Upsample(mode="nearest")."""
+        x = self._as_read(x, quantize.RESIZE, name)
         layer = self._network.add_resize(x)
         self._require(layer, name)
         layer.resize_mode = self._trt.InterpolationMode.NEAREST
         layer.coordinate_transformation = self._trt.ResizeCoordinateTransformation.ASYMMETRIC
         layer.nearest_rounding = self._trt.ResizeRoundMode.FLOOR
         layer.scales = (1.0, 1.0, float(factor), float(factor))
-        return self._checked(layer, name)
+        return self._as_written(self._checked(layer, name), quantize.RESIZE, reads_int8=self._is_quantized(x))
 
     def _elementwise(self, a: Tensor, b: Tensor, name: str, operation: Any) -> Tensor:
         return self._checked(self._network.add_elementwise(a, b, operation), name)
+
+    def _as_read(self, x: Tensor, kind: str, layer: str) -> Tensor:
+        """`x` as a layer of that kind reads it: dequantized from INT8, or as it is."""
+        if self._quantizer is not None and self._quantizer.reads_original(layer):
+            return self._originals.get(x.name, x)
+        scale = self._scale_to_read(x, kind, layer)
+        return x if scale is None else self._through_int8(x, scale)
+
+    def _scale_to_read(self, x: Tensor, kind: str, layer: str) -> float | None:
+        """The scale at which a layer of that kind reads `x` as INT8, or None."""
+        if self._quantizer is None:
+            return None
+        return self._quantizer.read_scale(kind, layer, self._sources.get(x.name, x.name))
+
+    def _as_written(self, y: Tensor, kind: str, *, reads_int8: bool) -> Tensor:
+        """The output of a layer of that kind as all layers after it get it."""
+        if self._quantizer is None or self._is_quantized(y):
+            return y
+        scale = self._quantizer.write_scale(kind, y.name, reads_int8=reads_int8)
+        return y if scale is None else self._through_int8(y, scale)
+
+    def _is_quantized(self, x: Tensor) -> bool:
+        """Whether it was dequantized from INT8."""
+        return x.name in self._sources
+
+    def _through_int8(self, x: Tensor, scale: float) -> Tensor:
+        """Quantize and dequantize an activation; the same tensor once for all its readers."""
+        if self._is_quantized(x):
+            return x
+        name = str(x.name)
+        if name not in self._quantized_tensors:
+            y = self._quantize_dequantize(x, name, np.array(scale, np.float32))
+            self._quantized_tensors[name] = y
+            self._sources[str(y.name)], self._originals[str(y.name)] = name, x
+        return self._quantized_tensors[name]
+
+    def _quantized_kernel(self, kernel: npt.NDArray[np.float32], name: str) -> Tensor:
+        """A convolution's kernel, quantized with one scale an output channel and dequantized."""
+        self._check_weights(kernel, name)
+        constant = self._constant_tensor(kernel, f"{name}.kernel")
+        return self._quantize_dequantize(constant, f"{name}.kernel", quantize.kernel_scales(kernel), axis=0)
+
+    def _quantize_dequantize(
+        self, x: Tensor, name: str, scale: npt.NDArray[np.float32], axis: int | None = None
+    ) -> Tensor:
+        """Layers ``NAME.q`` and ``NAME.dq``; a scale of shape () for the tensor, of (channels,) along `axis`."""
+        step = self._constant_tensor(scale, f"{name}.scale")  # float32 and of rank 0: else TensorRT computes in float
+        quantized = quantize.add_quantize(self._network, self._trt, x, step)
+        self._require(quantized, f"{name}.q")
+        if axis is not None:
+            quantized.axis = axis
+        integers = self._checked(quantized, f"{name}.q")
+        dequantized = quantize.add_dequantize(self._network, self._trt, integers, step, self._compute_dtype)
+        self._require(dequantized, f"{name}.dq")
+        if axis is not None:
+            dequantized.axis = axis
+        return self._checked(dequantized, f"{name}.dq")
+
+    def _constant_tensor(self, array: npt.NDArray[np.float32], name: str) -> Tensor:
+        """A float32 constant of the network, kept alive."""
+        kept = np.require(array, np.float32, "C")
+        self.keep_alive.append(kept)
+        return self._checked(self._network.add_constant(kept.shape, self._trt.Weights(kept)), name)
 
     def _with_dtype(self, x: Tensor, dtype: Any, name: str) -> Tensor:
         """Convert from or to the compute type; no layer where both ends of the network have it.
@@ -337,10 +423,7 @@ class Ops:
 
     def _constant(self, array: FloatArray, name: str) -> Any:
         """`array` as the library's `Weights` in the compute type, kept alive."""
-        if not np.isfinite(array).all():
-            raise WeightsError(
-                f"{name} has weights that are NaN or infinite: training diverged: use another checkpoint"
-            )
+        self._check_weights(array, name)
         if self._numpy_dtype == np.float16 and array.size and float(np.abs(array).max()) > FLOAT16_MAX:
             raise WeightsError(f"{name} has weights beyond the range of fp16: build with --precision fp32")
         kept = np.ascontiguousarray(array, self._numpy_dtype)
@@ -350,6 +433,13 @@ class Ops:
     def _bias(self, name: str, out_channels: int, *, has_bias: bool) -> FloatArray:
         """``NAME.bias``, or zeros."""
         return self.weights.take(f"{name}.bias", (out_channels,)) if has_bias else np.zeros(out_channels, np.float32)
+
+    def _check_weights(self, array: npt.NDArray[np.float32], name: str) -> None:
+        """Raise WeightsError unless all values are finite."""
+        if not np.isfinite(array).all():
+            raise WeightsError(
+                f"{name} has weights that are NaN or infinite: training diverged: use another checkpoint"
+            )
 
     def _require(self, layer: Any, name: str) -> None:
         """Raise if the library refused to add the layer."""

@@ -1,0 +1,59 @@
+"""What an INT8 build does before the build: scales, and layers to keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from yolotrt.calibration.calibrate import find_table
+from yolotrt.calibration.options import AUTO_KEEP, NO_KEEP, Int8Options
+from yolotrt.engines.base import CompleteOptions
+from yolotrt.network.quantize import ONNX_RUNTIME, TENSORRT, Quantization
+from yolotrt.weights import Weights
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An INT8 build that can begin.
+
+    Attributes:
+        options: With scales and layers to keep.
+        notes: How they were found, for the engine file.
+    """
+
+    options: CompleteOptions
+    notes: dict[str, Any]
+
+
+def prepare(
+    weights: Weights, weights_sha256: str, complete: CompleteOptions, options: Int8Options, backend: str
+) -> Prepared:
+    """Find scales and the layers that stay in high precision.
+
+    Args:
+        weights: The model.
+        weights_sha256: Their checksum.
+        complete: The build's options.
+        options: What the user said about INT8.
+        backend: The backend's name, which decides where INT8 begins and ends.
+
+    Raises:
+        InputError: if there are too few pictures, or a table or layer does not fit the model.
+        OutputError: if the table or the report cannot be written.
+    """
+    found = find_table(weights, weights_sha256, complete.imgsz, options)
+    keep = options.keep or ((NO_KEEP,) if found.is_given else (AUTO_KEEP,))
+    if options.report is not None or keep == (AUTO_KEEP,):
+        from yolotrt.calibration.sensitivity import analyse
+
+        placement = ONNX_RUNTIME if backend == "onnxruntime" else replace(TENSORRT, high_precision="fp32")
+        keep = analyse(weights, complete.imgsz, found.table, replace(options, keep=keep), placement).keep
+    keep = () if keep == (NO_KEEP,) else keep
+    notes = {
+        "method": found.table.source.method,
+        "pictures": found.table.pictures,
+        "scales": found.origin,
+        "scales_key": found.table.source.key(),
+        "keep": keep,
+    }
+    return Prepared(replace(complete, quantization=Quantization(found.table.scales, keep)), notes)

@@ -1,0 +1,314 @@
+"""How much INT8 hurts each convolution, and which ones to keep in high precision.
+
+A layer's contribution is measured with that layer alone in INT8: its input, its kernel and, where the library's 8-bit
+kernels round it as well, its output. The error is that of the raw heads against the float network's, as a
+signal-to-noise ratio in dB: 10 dB more is a tenth of the error's power.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from yolotrt.calibration.activations import record
+from yolotrt.calibration.calibrate import scales_folder
+from yolotrt.calibration.feed import PictureFeed
+from yolotrt.calibration.options import AUTO_KEEP, NO_KEEP, Int8Options
+from yolotrt.calibration.table import ScaleTable
+from yolotrt.engines.base import CompleteOptions
+from yolotrt.engines.definition import BuildHooks, build_plan
+from yolotrt.errors import OutputError
+from yolotrt.files import atomic_write_text
+from yolotrt.network import recorder
+from yolotrt.network.builder import INPUT_NAME
+from yolotrt.network.quantize import ACTIVATION, CONVOLUTION, SIGMOID, Placement, Quantization
+from yolotrt.weights import Weights
+
+_log = logging.getLogger(__name__)
+
+Float = npt.NDArray[np.float32]
+
+PICTURES = 8
+"""Taken evenly from the calibration pictures."""
+
+TARGET_DB = 30.0
+"""``auto`` keeps layers until the error's power is a thousandth of the signal's."""
+
+NEGLIGIBLE_DB = 15.0
+"""A layer that is so much better than `TARGET_DB` is not worth keeping."""
+
+MAX_KEPT = 10
+"""``auto`` stops there: with more, an fp16 engine is the better choice."""
+
+
+@dataclass(frozen=True)
+class LayerNoise:
+    """One convolution.
+
+    Attributes:
+        name: Its name, such as ``model.2.cv1.conv``.
+        snr_db: Signal-to-noise ratio of the raw heads with this layer alone in INT8.
+    """
+
+    name: str
+    snr_db: float
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What the analysis found.
+
+    Attributes:
+        layers: All convolutions that can be INT8, the most harmful first.
+        snr_db: Of the whole INT8 network, without and with the kept layers.
+        keep: Layers to keep in high precision.
+    """
+
+    layers: tuple[LayerNoise, ...]
+    snr_db: tuple[float, float]
+    keep: tuple[str, ...]
+
+
+class _Heads:
+    """Computes raw heads of float and INT8 variants of one model."""
+
+    def __init__(self, weights: Weights, imgsz: tuple[int, int], pictures: Sequence[Float]) -> None:
+        self._weights = weights
+        self._imgsz = imgsz
+        self._pictures = pictures
+        self._reference = self._compute("fp32", None, Placement(reads=frozenset(), high_precision="fp32"))
+
+    def snr_db(self, quantization: Quantization, placement: Placement) -> float:
+        """Signal-to-noise ratio of an INT8 variant's heads; all levels count alike."""
+        found = self._compute("int8", quantization, placement)
+        noise = [
+            sum(float(np.square(a - b, dtype=np.float64).sum()) for a, b in zip(level, other, strict=True))
+            / max(sum(float(np.square(a, dtype=np.float64).sum()) for a in level), np.finfo(np.float64).tiny)
+            for level, other in zip(self._reference, found, strict=True)
+        ]
+        return float(-10 * np.log10(max(float(np.mean(noise)), np.finfo(np.float64).tiny)))
+
+    def _compute(self, precision: str, quantization: Quantization | None, placement: Placement) -> list[list[Float]]:
+        """By level, then by picture."""
+        from yolotrt.engines.onnx import inference_session
+
+        options = CompleteOptions(precision, self._imgsz, (1, 1, 1), quantization=quantization)
+        session = inference_session(build_plan(recorder, self._weights, options, BuildHooks(placement)).data, None)
+        heads = [session.run(None, {INPUT_NAME: picture}) for picture in self._pictures]
+        return [list(level) for level in zip(*heads, strict=True)]
+
+
+def analyse(
+    weights: Weights, imgsz: tuple[int, int], table: ScaleTable, options: Int8Options, placement: Placement
+) -> Analysis:
+    """Measure every convolution, choose layers to keep where that is asked for, and write a report if wanted.
+
+    Args:
+        weights: The model.
+        imgsz: Network input height and width in pixels.
+        table: Scales of all tensors.
+        options: Pictures, what to keep, where to write the report.
+        placement: The library's.
+
+    Raises:
+        InputError: if there are too few pictures.
+        OutputError: if the report cannot be written.
+    """
+    if options.report is not None:
+        _require_folder(options.report)
+    is_auto = options.keep == (AUTO_KEEP,)
+    feed = PictureFeed.find(options.calib, imgsz)
+    cached = scales_folder() / f"{_key(table, feed, placement)}.keep.json"
+    keep = _read_choice(cached) if is_auto and options.report is None else None
+    if keep is not None:
+        return Analysis((), (np.nan, np.nan), keep)
+    heads = _Heads(weights, imgsz, list(_some_pictures(feed)))
+    before = heads.snr_db(Quantization(table.scales), placement)
+    layers = []
+    if options.report is not None or before < TARGET_DB:
+        layers = _measure_layers(heads, weights, imgsz, table, placement)
+    if is_auto:
+        keep = _choose(heads, layers, table, placement, before)
+        _write_choice(keep, cached)
+    else:
+        keep = () if options.keep == (NO_KEEP,) else options.keep
+    after = heads.snr_db(Quantization(table.scales, keep), placement) if keep else before
+    analysis = Analysis(tuple(layers), (before, after), keep)
+    if options.report is not None:
+        write_report(analysis, options.report)
+    return analysis
+
+
+def _key(table: ScaleTable, feed: PictureFeed, placement: Placement) -> str:
+    """Names all that a choice depends on."""
+    parts = [
+        table.source.key(),
+        json.dumps(table.groups),
+        feed.checksum(),
+        json.dumps([sorted(placement.reads), sorted(placement.writes), placement.reads_pictures]),
+        str((PICTURES, TARGET_DB, MAX_KEPT)),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _read_choice(path: Path) -> tuple[str, ...] | None:
+    """Layers chosen earlier for the very same scales, pictures and placement."""
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
+def _write_choice(keep: Sequence[str], path: Path) -> None:
+    """Remember the choice; a cache that cannot be written only costs time."""
+    try:
+        atomic_write_text(path, json.dumps(list(keep)))
+    except OutputError as problem:
+        _log.info("the layers to keep are not cached: %s", problem)
+
+
+def _some_pictures(feed: PictureFeed) -> Iterator[Float]:
+    """`PICTURES` of the calibration pictures, letterboxed."""
+    chosen = np.linspace(0, len(feed.paths) - 1, min(PICTURES, len(feed.paths))).astype(int)
+    for picture in PictureFeed(tuple(feed.paths[index] for index in chosen), feed.imgsz).readable():
+        yield picture.copy()
+
+
+def _measure_layers(
+    heads: _Heads, weights: Weights, imgsz: tuple[int, int], table: ScaleTable, placement: Placement
+) -> list[LayerNoise]:
+    """Each convolution alone in INT8, the most harmful first."""
+    from tqdm import tqdm
+
+    alone = replace(
+        placement,
+        reads=frozenset({CONVOLUTION}),
+        writes=placement.writes & {CONVOLUTION, SIGMOID, ACTIVATION},
+    )
+    scales = table.scales
+    convolutions = [layer for layer in record(weights, imgsz).layers if isinstance(layer, recorder.ConvolutionLayer)]
+    able = [
+        layer
+        for layer in convolutions
+        if not layer.output.is_network_output and (placement.reads_pictures or not layer.inputs[0].is_network_input)
+    ]
+    found = []
+    for layer in tqdm(able, desc="measuring layers", unit="layer", disable=None, file=sys.stderr, leave=False):
+        own = {name: scales[name] for name in (layer.inputs[0].name, layer.output.name)}
+        others = tuple(
+            other.name for other in convolutions if other is not layer and not other.output.is_network_output
+        )
+        found.append(LayerNoise(layer.name, heads.snr_db(Quantization(own, others), alone)))
+    return sorted(found, key=lambda row: row.snr_db)
+
+
+def _choose(
+    heads: _Heads, layers: Sequence[LayerNoise], table: ScaleTable, placement: Placement, snr_db: float
+) -> tuple[str, ...]:
+    """The most harmful layers, one by one, until the whole network is good enough."""
+    keep: list[str] = []
+    for layer in layers:
+        if snr_db >= TARGET_DB or len(keep) == MAX_KEPT or layer.snr_db > TARGET_DB + NEGLIGIBLE_DB:
+            break
+        attempt = heads.snr_db(Quantization(table.scales, (*keep, layer.name)), placement)
+        if attempt > snr_db:  # errors can cancel each other: a layer that does not help goes on in INT8
+            keep.append(layer.name)
+            snr_db = attempt
+    if snr_db < TARGET_DB:
+        _log.warning(
+            "the INT8 network has %.1f dB of the %.0f dB aimed at with %d layers kept in high precision: "
+            "compare its detections with those of fp16 before use",
+            snr_db,
+            TARGET_DB,
+            len(keep),
+        )
+    return tuple(keep)
+
+
+def write_report(analysis: Analysis, folder: Path) -> None:
+    """Write ``layers.csv``, ``report.md`` and, where matplotlib is installed, ``layers.png``.
+
+    Raises:
+        OutputError: if a file cannot be written.
+    """
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["layer", "snr_db", "kept"])
+    for row in analysis.layers:
+        writer.writerow([row.name, f"{row.snr_db:.2f}", int(_is_kept(row.name, analysis.keep))])
+    atomic_write_text(folder / "layers.csv", table.getvalue())
+    atomic_write_text(folder / "report.md", _markdown(analysis))
+    _plot(analysis, folder / "layers.png")
+
+
+def _markdown(analysis: Analysis) -> str:
+    before, after = analysis.snr_db
+    kept = ", ".join(analysis.keep) or "none"
+    rows = [
+        f"| {row.name} | {row.snr_db:.1f} | {'kept' if _is_kept(row.name, analysis.keep) else ''} |"
+        for row in analysis.layers
+    ]
+    return "\n".join(
+        [
+            "# What INT8 does to each layer",
+            "",
+            "Signal-to-noise ratio of the raw heads against the float network, in dB: 10 dB more is a tenth of the",
+            "error's power. One line a convolution, with that one alone in INT8, the most harmful first.",
+            "",
+            f"- whole network in INT8: {before:.1f} dB",
+            f"- with the kept layers in high precision: {after:.1f} dB",
+            f"- kept: {kept}",
+            "",
+            "| layer | dB | |",
+            "| --- | --- | --- |",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _plot(analysis: Analysis, path: Path) -> None:
+    """A bar a layer. Without matplotlib there is no plot, and a message says so."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        _log.warning("matplotlib is not installed, so the report has no plot: run pip install matplotlib")
+        return
+    from yolotrt.files import atomic_write
+
+    rows = analysis.layers[::-1]
+    figure = Figure(figsize=(8, 1.5 + 0.2 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    colors = ["tab:orange" if _is_kept(row.name, analysis.keep) else "tab:blue" for row in rows]
+    axes.barh([row.name for row in rows], [row.snr_db for row in rows], color=colors)
+    for value, style, label in zip(analysis.snr_db, ("--", "-"), ("all in INT8", "with kept layers"), strict=True):
+        axes.axvline(value, color="black", linestyle=style, linewidth=1, label=f"{label}: {value:.1f} dB")
+    axes.set_xlabel("signal-to-noise ratio of the raw heads with this layer alone in INT8, dB (orange: kept)")
+    axes.tick_params(axis="y", labelsize=7)
+    axes.margins(y=0.01)
+    axes.legend(loc="lower right")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def _is_kept(layer: str, keep: Sequence[str]) -> bool:
+    return any(layer == name or layer.startswith(f"{name}.") for name in keep)
+
+
+def _require_folder(folder: Path) -> None:
+    """Fail before the work if the report cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise OutputError(f"cannot write the report into {folder}: {problem.strerror}: name a folder") from problem

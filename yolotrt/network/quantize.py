@@ -1,0 +1,245 @@
+"""Where INT8 begins and ends in a network: explicit quantize and dequantize layers (Q/DQ), placed by one table.
+
+A value x is stored as q = clip(round(x / scale), -128, 127), ties to even, and read as q x scale. Activations have one
+scale a tensor, kernels one an output channel; there are no zero points, since TensorRT knows none. A library fuses a
+layer into an 8-bit kernel when it finds Q/DQ where that kernel begins and ends, which is what a `Placement` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from yolotrt.errors import InputError
+from yolotrt.network import recorder
+
+CONVOLUTION, SIGMOID, ACTIVATION = "convolution", "sigmoid", "activation"
+ADD, CONCAT, MAX_POOL, RESIZE = "add", "concat", "max_pool", "resize"
+
+INT8_MAX = 127
+"""Scales map the largest value here, for which -128 stays unused: the range is symmetric."""
+
+SIGMOID_SCALE = 1.0 / INT8_MAX
+"""A sigmoid's values lie in 0..1, whatever the pictures show."""
+
+SMALLEST_CHANNEL = 2.0**-10
+"""A kernel's channel with smaller values than this part of the kernel's largest is quantized as if it had that part.
+
+Channels that training has switched off hold values like 1e-20; a scale for these would make the channel's bias, counted
+in input scale x kernel scale, exceed the 32 bits of an accumulator."""
+
+CAST_SUFFIX = ".cast"
+"""Ends the name of a converted network input, which has the values, and so the scale, of the input."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which tensors are quantized, for one kind of library.
+
+    Attributes:
+        reads: Kinds of layers that read INT8: their inputs are quantized.
+        writes: Kinds of layers that also write INT8: their outputs are quantized where their inputs are, and those of
+            activations always, so that all readers share the 8-bit value.
+        reads_pictures: Whether the convolution that reads the network's input is one of them.
+        high_precision: The type of all else: ``fp16`` or ``fp32``.
+    """
+
+    reads: frozenset[str]
+    writes: frozenset[str] = frozenset()
+    reads_pictures: bool = True
+    high_precision: str = "fp16"
+
+
+_EIGHT_BIT_LAYERS = frozenset({CONVOLUTION, ADD, CONCAT, MAX_POOL, RESIZE})
+
+# layer                 input   output  because
+# convolution           INT8    -       TensorRT fuses conv + bias + SiLU + the next reader's Q into one kernel that
+#                                       accumulates in 32 bits: nothing may be rounded between the convolution and SiLU
+# sigmoid, product      -       -       part of that kernel
+# residual add          INT8    -       both inputs: the shortcut is the INT8 tensor that the convolution reads, too
+# concatenation         INT8    -       one scale for all inputs and the output: bytes are copied
+# max-pooling, resize   INT8    -       the scale of the input is that of the output: bytes are compared, copied
+# head (Detect)         -       -       its raw values are box coordinates and logits: 8 bits are too few
+TENSORRT = Placement(reads=_EIGHT_BIT_LAYERS)
+"""TensorRT 8.6, 10, 11 and TensorRT-RTX."""
+
+# ONNX Runtime's 8-bit kernels (QLinearConv, QLinearSigmoid, QLinearMul, ...) fuse nothing but the Q/DQ around one
+# layer: each writes INT8 as well. The convolution that reads the picture has three channels, for which its 8-bit kernel
+# takes twice as long as the 32-bit one (docs/int8.md).
+ONNX_RUNTIME = Placement(
+    reads=_EIGHT_BIT_LAYERS,
+    writes=_EIGHT_BIT_LAYERS | {SIGMOID, ACTIVATION},
+    reads_pictures=False,
+    high_precision="fp32",
+)
+"""ONNX Runtime on a CPU."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What makes a network an INT8 network.
+
+    Attributes:
+        scales: Step of every quantized tensor, by the tensor's name. Tensors that share a scale have equal values.
+        keep: Layers that stay in high precision: names of a layer, a block or a row of the yaml, such as ``model.9`` or
+            ``model.2.m.0.cv1``. The head always does.
+    """
+
+    scales: Mapping[str, float] = field(repr=False)
+    keep: tuple[str, ...] = ()
+
+
+class Quantizer:
+    """Answers, layer by layer, what is to be quantized."""
+
+    def __init__(self, quantization: Quantization, placement: Placement, inputs: Collection[str], head: str) -> None:
+        """Begin a network.
+
+        Args:
+            quantization: Scales and layers to keep.
+            placement: The library's table.
+            inputs: Names of the network's inputs.
+            head: Name of the head's row, such as ``model.24``.
+        """
+        self._scales = quantization.scales
+        self._placement = placement
+        self._inputs = inputs
+        self._head = head
+        self._keep = {**dict.fromkeys(quantization.keep, False), head: True}
+
+    def read_scale(self, kind: str, layer: str, tensor: str) -> float | None:
+        """The scale at which `layer` reads `tensor`; None where it reads it as it is."""
+        is_kept = self._is_kept(layer)
+        tensor = tensor.removesuffix(CAST_SUFFIX)
+        if kind not in self._placement.reads or is_kept:
+            return None
+        if tensor in self._inputs and not self._placement.reads_pictures:
+            return None
+        return self._scales.get(tensor)
+
+    def reads_original(self, layer: str) -> bool:
+        """Whether `layer` reads the values from before they were quantized for others: the user wants it exact.
+
+        The head does not: it would cost a library whose layers write INT8 a second copy of each of its inputs.
+        """
+        return self._is_kept(layer) and not _is_part(layer, self._head)
+
+    def write_scale(self, kind: str, layer: str, *, reads_int8: bool) -> float | None:
+        """The scale at which the output of `layer` is quantized at once; None where that is up to its readers."""
+        if kind not in self._placement.writes or self._is_kept(layer):
+            return None
+        if kind != ACTIVATION and not reads_int8:
+            return None
+        return SIGMOID_SCALE if kind == SIGMOID else self._scales.get(layer)
+
+    def check_kept_layers_exist(self) -> None:
+        """Raise InputError if a layer to keep was never met."""
+        unknown = [name for name, was_met in self._keep.items() if not was_met]
+        if unknown:
+            raise InputError(
+                f"--int8-keep {unknown[0]}: the model has no layer of that name: name a row such as model.9, or a part "
+                "of it such as model.2.m.0.cv1 (--int8-report lists them)"
+            )
+
+    def _is_kept(self, layer: str) -> bool:
+        """Whether `layer` or a block that it is part of stays in high precision."""
+        found = [name for name in self._keep if _is_part(layer, name)]
+        self._keep.update(dict.fromkeys(found, True))
+        return bool(found)
+
+
+def _is_part(layer: str, name: str) -> bool:
+    """Whether `layer` is the layer, or in the block or row, called `name`."""
+    return layer == name or layer.startswith(f"{name}.")
+
+
+def kernel_scales(kernel: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Scales of a kernel, one an output channel.
+
+    Args:
+        kernel: float32 (out, in / groups, height, width).
+
+    Returns:
+        float32 (out,), positive: the largest magnitude of each channel is 127 steps.
+    """
+    largest = np.abs(kernel).reshape(len(kernel), -1).max(axis=1)
+    floor = max(float(largest.max()) * SMALLEST_CHANNEL, np.finfo(np.float32).tiny * INT8_MAX)
+    return np.asarray(np.maximum(largest, floor) / np.float32(INT8_MAX), np.float32)
+
+
+def add_quantize(network: Any, trt: Any, x: Any, scale: Any) -> Any:
+    """Add a layer from real values to INT8, in the form that the library's version takes."""
+    return network.add_quantize(x, scale, trt.int8) if _is_strongly_typed(trt) else network.add_quantize(x, scale)
+
+
+def add_dequantize(network: Any, trt: Any, x: Any, scale: Any, dtype: Any) -> Any:
+    """Add a layer from INT8 to real values of `dtype`, in the form that the library's version takes.
+
+    TensorRT 8.6 takes two arguments and gives float32: the network is then float32 throughout, and the build flags INT8
+    and FP16 let it choose.
+    """
+    return network.add_dequantize(x, scale, dtype) if _is_strongly_typed(trt) else network.add_dequantize(x, scale)
+
+
+def _is_strongly_typed(trt: Any) -> bool:
+    """Whether layers are told their output type: since TensorRT 10."""
+    return hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+
+
+def scale_groups(network: recorder.Network) -> tuple[tuple[str, ...], ...]:
+    """The tensors of a recorded float network that may be quantized, in groups that share a scale.
+
+    Concatenation, max-pooling and resizing copy values, so their inputs and outputs form one group. Sigmoids inside an
+    activation have a known range and heads stay in high precision: neither is in a group.
+
+    Returns:
+        Groups of tensor names, each sorted as the network computes them, ordered by their first tensor.
+    """
+    leader: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while leader[name] != name:
+            name = leader[name]
+        return name
+
+    names = [tensor.name for tensor in network.inputs]
+    leader.update({name: name for name in names})
+    for layer in network.sorted_layers():
+        output = layer.output
+        if output.is_network_output or _is_inner_activation(layer):
+            continue
+        names.append(output.name)
+        leader[output.name] = output.name
+        if _copies(layer):
+            for tensor in layer.inputs:
+                leader[find(tensor.name)] = find(output.name)
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(find(name), []).append(name)
+    return tuple(tuple(group) for group in groups.values())
+
+
+def computed_tensors(network: recorder.Network) -> frozenset[str]:
+    """Names of tensors with values of their own: inputs, and outputs of layers that do more than copy."""
+    layers = (layer.output.name for layer in network.layers if not _copies(layer))
+    return frozenset((*(tensor.name for tensor in network.inputs), *layers))
+
+
+def _copies(layer: recorder.Layer) -> bool:
+    """Whether every value of its output is one of its inputs'."""
+    if isinstance(layer, recorder.PoolingLayer):
+        return bool(layer.type == recorder.PoolingType.MAX)
+    return isinstance(layer, recorder.ConcatenationLayer | recorder.ResizeLayer)
+
+
+def _is_inner_activation(layer: recorder.Layer) -> bool:
+    """Whether it is a part of an activation, such as the sigmoid ``model.0.act.sigmoid`` in SiLU ``model.0.act``."""
+    whole = layer.name.rpartition(".")[0]
+    readers = [consumer.name for consumer in layer.output.consumers]
+    return isinstance(layer, recorder.ActivationLayer) and any(
+        name == whole or name.rpartition(".")[0] == whole for name in readers
+    )
