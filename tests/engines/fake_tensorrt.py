@@ -34,7 +34,7 @@ class Behaviour:
         survived: Errors that are logged by builds that succeed.
         no_cuda: Whether there is no driver.
         refuses_cache: What it says to a timing cache that is not empty: ``create`` or ``set``.
-        fast_fp16: Whether the platform has it, as the builder says; likewise `tf32`.
+        fast_fp16: Whether the platform has it, as the builder says; likewise `fast_int8` and `tf32`.
         interrupts: Whether Ctrl-C is pressed during the build.
         type_of: The type that a convolution gets, by name; None gives the one that was asked for.
         loads: Whether plans can be deserialized.
@@ -50,6 +50,7 @@ class Behaviour:
     no_cuda: bool = False
     refuses_cache: str = ""
     fast_fp16: bool = True
+    fast_int8: bool = True
     tf32: bool = True
     interrupts: bool = False
     type_of: Callable[[str], str | None] = lambda _: None
@@ -124,6 +125,13 @@ class WeakTensor(recorder.Tensor):
 class WeakNetwork(recorder.Network):
     """A network whose layers can be constrained."""
 
+    def add_quantize(self, x: Any, scale: Any) -> Any:
+        assert x.dtype == recorder.float32, "TensorRT 8.6 quantizes float32 alone"
+        return super().add_quantize(x, scale, recorder.int8)
+
+    def add_dequantize(self, x: Any, scale: Any) -> Any:
+        return super().add_dequantize(x, scale, recorder.float32)
+
     def _add(self, layer: Any) -> Any:
         layer = super()._add(layer)
         kind = type(layer)
@@ -168,7 +176,7 @@ class _Library:
         weak, has_libraries = self.major < 11, self.major < 11
         creation = {8: "EXPLICIT_BATCH", 10: "EXPLICIT_BATCH STRONGLY_TYPED", 11: "STRONGLY_TYPED"}[self.major]
         module.NetworkDefinitionCreationFlag = _enum("NetworkDefinitionCreationFlag", creation)
-        flags = "TF32 VERSION_COMPATIBLE" + (" FP16 OBEY_PRECISION_CONSTRAINTS" if weak else "")
+        flags = "TF32 VERSION_COMPATIBLE" + (" FP16 INT8 OBEY_PRECISION_CONSTRAINTS" if weak else "")
         module.BuilderFlag = _enum("BuilderFlag", flags)
         sources = ("CUBLAS CUBLAS_LT CUDNN " if has_libraries else "") + "EDGE_MASK_CONVOLUTIONS JIT_CONVOLUTIONS"
         module.TacticSource = _enum("TacticSource", sources)
@@ -258,6 +266,7 @@ class Builder:
         self._library = library
         self._logger = logger
         if library.major < 11:
+            self.platform_has_fast_int8 = library.behaviour.fast_int8
             self.platform_has_fast_fp16 = library.behaviour.fast_fp16
             self.platform_has_tf32 = library.behaviour.tf32
 
@@ -315,6 +324,8 @@ class Builder:
         forced = self._library.behaviour.type_of(layer.name)
         if forced is not None:
             return forced
+        if all(isinstance(tensor.source, recorder.QuantizeLayer) for tensor in layer.inputs):
+            return "Int8" if self._library.major >= 10 or "INT8" in config.flag_names() else "Float"
         if self._library.major >= 10:
             is_half = layer.kernel.dtype == recorder.float16
         else:

@@ -13,9 +13,13 @@ import pytest
 from tests.engines.fake_gpu import GIB, install_gpu, install_no_gpu, install_session
 from tests.engines.fake_tensorrt import MYELIN_REFUSAL, install_tensorrt
 from tests.reference import all_weights, tiny_metadata
-from yolotrt.engines.base import BuildOptions
+from yolotrt.calibration.activations import record
+from yolotrt.engines.base import BuildOptions, CompleteOptions
 from yolotrt.engines.build import build_engine, find_backend, open_session
 from yolotrt.engines.file import EngineFile, TensorInfo
+from yolotrt.engines.gpu import find_gpu
+from yolotrt.engines.tensorrt import TensorRtBackend
+from yolotrt.engines.timing_cache import TimingCache
 from yolotrt.errors import (
     BackendUnavailableError,
     BuildError,
@@ -27,6 +31,7 @@ from yolotrt.errors import (
 )
 from yolotrt.network import recorder
 from yolotrt.network.ops import Tensor
+from yolotrt.network.quantize import Quantization, scale_groups
 from yolotrt.plugin import yololayer
 from yolotrt.weights import Weights
 
@@ -127,6 +132,59 @@ def test_a_weakly_typed_network_in_single_precision_has_no_constraints(trt8, tin
     (network,), (config,) = trt8.behaviour.networks, trt8.behaviour.configs
     assert not {"FP16", "OBEY_PRECISION_CONSTRAINTS"} & config.flag_names()
     assert {layer.precision for layer in network.layers} == {None}
+
+
+def int8_options(weights: Weights, keep: tuple[str, ...] = ()) -> CompleteOptions:
+    scales = {name: 0.05 for group in scale_groups(record(weights, SIZE)) for name in group}
+    return CompleteOptions("int8", SIZE, (1, 1, 1), quantization=Quantization(scales, keep))
+
+
+def test_all_convolutions_but_heads_are_int8_and_the_engine_is_asked(trt, tiny, caplog):
+    plan = TensorRtBackend().build(tiny, int8_options(tiny))
+    assert plan.findings["convolutions"]["int8"] == 12
+    assert sum(plan.findings["convolutions"].values()) == 14
+    assert records(caplog) == []
+    kept = TensorRtBackend().build(tiny, int8_options(tiny, ("model.1", "model.2.cv1")))
+    assert kept.findings["convolutions"]["int8"] == 10
+    assert records(caplog) == []  # what is to be in high precision is none to warn of
+
+
+def test_a_weakly_typed_int8_network_is_float32_and_may_use_halves(trt8, tiny):
+    plan = TensorRtBackend().build(tiny, int8_options(tiny))
+    (network,), (config,) = trt8.behaviour.networks, trt8.behaviour.configs
+    assert {"INT8", "FP16"} <= config.flag_names()
+    assert {layer.precision for layer in network.layers} == {None}
+    assert {tensor.dtype for tensor in (*plan.inputs, *plan.outputs)} == {"float32"}
+
+
+def test_a_strongly_typed_int8_network_is_fp16_where_it_is_not_int8(trt10, tiny):
+    plan = TensorRtBackend().build(tiny, int8_options(tiny))
+    (network,), (config,) = trt10.behaviour.networks, trt10.behaviour.configs
+    assert not {"INT8", "FP16"} & config.flag_names()
+    heads = [layer for layer in network.layers if layer.name.startswith("model.7.m.") and "." not in layer.name[10:]]
+    assert {layer.kernel.dtype for layer in heads} == {recorder.float16}
+    assert {tensor.dtype for tensor in (*plan.inputs, *plan.outputs)} == {"float16"}
+
+
+def test_int8_convolutions_that_tensorrt_computes_otherwise_are_named(trt, tiny, caplog):
+    trt.behaviour.type_of = lambda name: "Half" if name == "model.1.conv" else None
+    TensorRtBackend().build(tiny, int8_options(tiny))
+    assert "1 of 12 convolutions are not int8: model.1.conv (fp16)" in records(caplog)
+
+
+def test_a_gpu_without_fast_int8_is_refused(trt10, tiny):
+    trt10.behaviour.fast_int8 = False
+    with pytest.raises(BackendUnavailableError, match=r"no fast int8 .*: build with --precision fp16"):
+        TensorRtBackend().build(tiny, int8_options(tiny))
+
+
+def test_other_scales_take_the_same_timing_cache_and_other_kept_layers_another(trt, tiny):
+    def key(options: CompleteOptions) -> str:
+        return TimingCache.of(tiny, options, find_gpu(), trt.__version__).key
+
+    options = replace(int8_options(tiny), yololayer="kernel")
+    other = replace(options, quantization=Quantization({"images": 0.1}))
+    assert key(other) == key(options) != key(replace(options, quantization=Quantization({}, ("model.1",))))
 
 
 def test_a_strongly_typed_network_has_halves_from_end_to_end(trt10, tiny):

@@ -197,7 +197,7 @@ def one_convolution(placement: Placement, scales: Mapping[str, float], kernel: n
 
     builder = recorder.Builder()
     network = builder.create_network()
-    quantizer = quantize.Quantizer(Quantization(scales), placement, ("none",), "head")
+    quantizer = quantize.Quantizer(Quantization(scales), placement, ("none",), ("head",))
     ops = Ops(network, recorder, None, recorder.float32, quantizer=quantizer)
     x = ops.input("x", (1, kernel.shape[1], 8, 8))
     ops.output(ops.unary(ops.convolution(x, "conv", kernel, bias), "relu", "RELU"), "y")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from yolotrt.errors import ImageError, InputError
 from yolotrt.media.images import read_image
-from yolotrt.media.sources import expand_sources
+from yolotrt.media.sources import expand_sources, is_url, is_video
 from yolotrt.preprocess import Letterbox
 
 _log = logging.getLogger(__name__)
@@ -52,7 +52,10 @@ class PictureFeed:
                 f"INT8 needs pictures to calibrate with, and there is no folder {DEFAULT_FOLDER} here: "
                 "name yours with --calib"
             )
-        paths = tuple(expand_sources([source or DEFAULT_FOLDER]))
+        found = expand_sources([source or DEFAULT_FOLDER])
+        paths = tuple(path for path in found if isinstance(path, Path) and not is_url(path) and not is_video(path))
+        if len(paths) < len(found):
+            _log.warning("left out of the calibration: %d videos and streams", len(found) - len(paths))
         _require_enough(len(paths), len(paths))
         return cls(paths, imgsz)
 

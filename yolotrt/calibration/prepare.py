@@ -8,6 +8,7 @@ from typing import Any
 from yolotrt.calibration.calibrate import find_table
 from yolotrt.calibration.options import AUTO_KEEP, NO_KEEP, Int8Options
 from yolotrt.engines.base import CompleteOptions
+from yolotrt.errors import InputError
 from yolotrt.network.quantize import ONNX_RUNTIME, TENSORRT, Quantization
 from yolotrt.weights import Weights
 
@@ -41,6 +42,8 @@ def prepare(
         InputError: if there are too few pictures, or a table or layer does not fit the model.
         OutputError: if the table or the report cannot be written.
     """
+    if weights.metadata.task == "classify":
+        raise InputError("INT8 is for detection and segmentation, this model classifies: choose another --precision")
     found = find_table(weights, weights_sha256, complete.imgsz, options)
     keep = options.keep or ((NO_KEEP,) if found.is_given else (AUTO_KEEP,))
     if options.report is not None or keep == (AUTO_KEEP,):

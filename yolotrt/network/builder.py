@@ -88,7 +88,7 @@ class NetworkBuilder:
         self.summary: list[LayerSummary] = []
         self._quantizer = None
         if quantization is not None:
-            self._quantizer = Quantizer(quantization, placement, (INPUT_NAME,), self.graph.head.name)
+            self._quantizer = Quantizer(quantization, placement, (INPUT_NAME,), self._head_rows())
         self._weights = _UsedWeights(weights.tensors, weights.metadata, source=weights)
         self._ops = self._make_ops(network, trt, self._weights, compute_dtype, explain, io_dtype)
 
@@ -151,6 +151,13 @@ class NetworkBuilder:
         if self._quantizer is not None:
             self._quantizer.check_kept_layers_exist()
         return heads
+
+    def _head_rows(self) -> list[str]:
+        """Names of the rows whose convolutions give the raw heads."""
+        rows = [self.graph.head]
+        if self.graph.has_separate_heads:
+            rows += [self.graph.layers[source] for source in self.graph.head.sources]
+        return [row.name for row in rows]
 
     def _make_ops(
         self, network: Any, trt: Any, weights: Weights, compute_dtype: Any, explain: Callable[[], str], io_dtype: Any

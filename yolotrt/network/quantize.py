@@ -96,20 +96,22 @@ class Quantization:
 class Quantizer:
     """Answers, layer by layer, what is to be quantized."""
 
-    def __init__(self, quantization: Quantization, placement: Placement, inputs: Collection[str], head: str) -> None:
+    def __init__(
+        self, quantization: Quantization, placement: Placement, inputs: Collection[str], heads: Collection[str]
+    ) -> None:
         """Begin a network.
 
         Args:
             quantization: Scales and layers to keep.
             placement: The library's table.
             inputs: Names of the network's inputs.
-            head: Name of the head's row, such as ``model.24``.
+            heads: Names of the rows that give the raw heads, such as ``model.24``.
         """
         self._scales = quantization.scales
         self._placement = placement
         self._inputs = inputs
         self._head = head
-        self._keep = {**dict.fromkeys(quantization.keep, False), head: True}
+        self._keep = {**dict.fromkeys(quantization.keep, False), **dict.fromkeys(heads, True)}
 
     def read_scale(self, kind: str, layer: str, tensor: str) -> float | None:
         """The scale at which `layer` reads `tensor`; None where it reads it as it is."""
