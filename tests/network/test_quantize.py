@@ -96,7 +96,8 @@ def test_onnx_runtime_gets_q_dq_around_every_8_bit_layer(tiny):
         layer for layer in network.layers if not isinstance(layer, recorder.QuantizeLayer | recorder.ConstantLayer)
     ]
     for layer in floats:
-        writes = all(isinstance(reader, recorder.QuantizeLayer) for reader in layer.output.consumers)
+        readers = [reader for reader in layer.output.consumers if not reader.name.startswith("model.7.m.")]  # heads
+        writes = all(isinstance(reader, recorder.QuantizeLayer) for reader in readers)
         assert writes or layer.name.startswith("model.0."), layer.name
 
 
@@ -145,7 +146,7 @@ def test_a_kept_layer_reads_what_its_input_was_before_others_quantized_it(tiny):
     convolutions = layers(network, recorder.ConvolutionLayer)
     assert convolutions["model.2.cv1.conv"].inputs[0].name == "model.1.act"
     assert convolutions["model.2.cv2.conv"].inputs[0].name == "model.1.act.dq"
-    assert all(is_dequantized(convolutions[f"model.7.m.{level}"].inputs[0]) for level in (0, 1))
+    assert not any(is_dequantized(convolutions[f"model.7.m.{level}"].inputs[0]) for level in (0, 1))
 
 
 @pytest.mark.parametrize("name", ["model.99", "model.2.cv", "cv1"])

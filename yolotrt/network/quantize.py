@@ -110,7 +110,6 @@ class Quantizer:
         self._scales = quantization.scales
         self._placement = placement
         self._inputs = inputs
-        self._head = head
         self._keep = {**dict.fromkeys(quantization.keep, False), **dict.fromkeys(heads, True)}
 
     def read_scale(self, kind: str, layer: str, tensor: str) -> float | None:
@@ -124,11 +123,8 @@ class Quantizer:
         return self._scales.get(tensor)
 
     def reads_original(self, layer: str) -> bool:
-        """Whether `layer` reads the values from before they were quantized for others: the user wants it exact.
-
-        The head does not: it would cost a library whose layers write INT8 a second copy of each of its inputs.
-        """
-        return self._is_kept(layer) and not _is_part(layer, self._head)
+        """Whether `layer` reads the values from before they were quantized for others: it is to be exact."""
+        return self._is_kept(layer)
 
     def write_scale(self, kind: str, layer: str, *, reads_int8: bool) -> float | None:
         """The scale at which the output of `layer` is quantized at once; None where that is up to its readers."""
