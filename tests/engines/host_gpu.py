@@ -154,6 +154,7 @@ class HostGpuDevice(GpuDevice):
         self._handles = itertools.count(1000)
         self._graveyard: list[np.ndarray] = []
         self._thread = threading.local()
+        self._checks = {"upload": self._check_upload, "copy": self._check_copy, "nms_select": self._check_select}
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
@@ -275,8 +276,8 @@ class HostGpuDevice(GpuDevice):
         arguments = tuple(arguments)
 
         def work() -> None:
-            if name == "upload":
-                self._check_upload(*map(int, arguments))
+            if name in self._checks:
+                self._checks[name](*map(int, arguments))
             self.calls[name] += 1
             if name == "upload":  # which any grid and block may do, and few threads faster here
                 launch_grid, launch_block = (2, 1, 1), (8, 1, 1)
@@ -322,6 +323,17 @@ class HostGpuDevice(GpuDevice):
                 last = int(record[start : start + 4 * count].view(np.int32).max())
             self._require(self.page_locked_memory, int(plan["source"]), last * int(plan["source_pitch"]) + row_bytes)
             self._require(self.device_memory, int(plan["pixels"]), count * row_bytes)
+
+    def _check_copy(self, source: int, units: int, target: int) -> None:
+        self._require(self.page_locked_memory, source, 16 * units)
+        self._require(self.device_memory, target, 16 * units)
+        assert source % 16 == target % 16 == 0
+
+    def _check_select(self, *arguments: int) -> None:
+        """The result goes straight to the host."""
+        most, counts, boxes = arguments[-3:]
+        self._require(self.page_locked_memory, counts, 4)
+        self._require(self.page_locked_memory, boxes, 4 * BEST_VALUES * most)
 
     @classmethod
     def _require(cls, memory: dict[int, int], address: int, size: int) -> None:

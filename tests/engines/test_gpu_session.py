@@ -483,6 +483,15 @@ def test_where_capture_is_refused_everything_is_enqueued_after_one_warning(
     assert device.calls["graph"] == 0
 
 
+def test_no_batch_waits_for_a_copy_command_of_the_driver(tiny_dynamic_engine, trt, device):
+    frames = [frame(seed) for seed in range(3)]
+    wanted = expected(tiny_dynamic_engine, frames)
+    device.failing["upload"] = device.failing["download"] = HostGpuError("a copy command")
+    with GpuSession.open(trt, gpu_engine(tiny_dynamic_engine), device) as session:
+        for _ in range(3):  # enqueued, captured, replayed
+            assert_same(session.detect([borrowed(session, pixels) for pixels in frames], OPTIONS), wanted)
+
+
 def test_memory_stays_the_same_over_many_frames(tiny_dynamic_engine, trt, device):
     def step(session: Session) -> None:
         for seed in range(len(SIZES)):
@@ -548,7 +557,7 @@ def test_memory_of_another_session_is_an_ordinary_array(tiny_engine, trt, device
 def test_stages_are_timed_in_order(tiny_engine, trt, device, plugin):
     with GpuSession.open(trt, gpu_engine(tiny_engine, plugin=plugin), device) as session:
         times = session.profile([frame(0)], OPTIONS, repeats=3)
-        stages = ["upload", "letterbox", "engine", "yololayer", "nms", "download", "whole"]
+        stages = ["upload", "letterbox", "engine", "yololayer", "nms", "whole"]
         assert list(times) == [stage for stage in stages if not (plugin and stage == "yololayer")]
         assert all(len(values) == 3 and min(values) > 0 for values in times.values())
         assert_same(session.detect([frame(1)], OPTIONS), expected(tiny_engine, [frame(1)]))
@@ -566,7 +575,7 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("text", "message"), FAILURES)
-@pytest.mark.parametrize("method", ["current", "upload", "launch", "record", "wait"])
+@pytest.mark.parametrize("method", ["current", "launch", "record", "wait"])
 def test_a_failing_gpu_is_one_line_and_the_session_can_be_closed(tiny_engine, trt, device, method, text, message):
     session = GpuSession.open(trt, gpu_engine(tiny_engine), device)
     device.failing[method] = HostGpuError(text)
@@ -621,7 +630,7 @@ def test_options_that_need_too_much_memory_leave_the_others_usable(tiny_engine, 
     with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
         for _ in range(2):
             session.detect([frame(0)], few)
-        device.memory_limit = sum(device.device_memory.values()) + 1000
+        device.failing["page_locked"] = HostGpuError("Out of memory")
         for _ in range(2):
             with pytest.raises(InferenceError, match="the GPU's memory does not suffice"):
                 session.detect([frame(0)], NmsOptions(max_detections=1000))

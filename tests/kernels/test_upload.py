@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from comparisons import letterbox_case, picture, uploaded_letterbox_differences
 
-from yolotrt.cuda.kernels import _PLAN, LetterboxKernel, NeededRows, UploadKernel, needed_rows, upload_bytes
+from yolotrt.cuda.kernels import _PLAN, CopyKernel, LetterboxKernel, NeededRows, UploadKernel, needed_rows, upload_bytes
 
 NETWORK = (64, 64)
 BEHIND = 64
@@ -101,6 +101,15 @@ def test_a_frame_on_the_device_is_not_fetched(machine):
     kernel = LetterboxKernel(machine.device, NETWORK, half=False)
     fetch(machine, kernel.plan((192, 192), slot.room.ctypes.data, 576)[None])
     assert (slot.room == 0xA5).all()
+
+
+@pytest.mark.parametrize("size", [16, 4080, 4096, 4112, 20_000])  # one block copies 4096 bytes
+def test_copying_copies_all_bytes_and_no_more(machine, size):
+    source = bytes_at(0, np.random.default_rng(8).integers(0, 256, size, np.uint8))
+    target = bytes_at(0, np.full(size + BEHIND, 0xA5, np.uint8))
+    CopyKernel(machine.device).launch(target.ctypes.data, source.ctypes.data, size)
+    np.testing.assert_array_equal(target[:size], source)
+    assert (target[size:] == 0xA5).all()
 
 
 @pytest.mark.parametrize(

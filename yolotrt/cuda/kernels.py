@@ -275,6 +275,25 @@ class UploadKernel:
         self._device.launch(self._function, _UPLOAD_GRID, _UPLOAD_BLOCK, arguments, stream)
 
 
+_COPY_BLOCK = (256, 1, 1)
+_COPY_UNIT = 16
+
+
+class CopyKernel:
+    """Launches copy.cu: page-locked memory to device memory, past the queues of the copy engines."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._function = device.function("copy", "copy", {})
+
+    def launch(self, target: int, source: int, size: int, stream: Any = None) -> None:
+        """Copy `size` bytes; size and addresses are multiples of 16."""
+        units = size // _COPY_UNIT
+        grid = (-(-units // _COPY_BLOCK[0]), 1, 1)
+        arguments = (np.uint64(source), np.int32(units), np.uint64(target))
+        self._device.launch(self._function, grid, _COPY_BLOCK, arguments, stream)
+
+
 # --- YoloLayer -------------------------------------------------------------------------------------------------------
 
 YOLOLAYER_ROWS = 32
@@ -434,7 +453,7 @@ class NmsLayout:
 
     @property
     def output_bytes(self) -> int:
-        """The result: counts, then boxes, in one piece so that one copy fetches both."""
+        """The result: counts, then boxes, in one piece."""
         return self.detections_offset + 4 * BEST_VALUES * self.batch * self.max_detections
 
     @property
@@ -447,7 +466,7 @@ class NmsLayout:
         return _aligned(8 * self.batch * self.segments * self.segment_rows)
 
     def split(self, output: Bytes) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """The parts of a result that was copied from the device, uint8 (at least output_bytes,).
+        """The parts of a result in host memory, uint8 (at least output_bytes,).
 
         Returns:
             Views: int32 (batch,), the number of boxes; float32 (batch, max_detections, 6), the boxes.
@@ -460,7 +479,7 @@ class NmsLayout:
         """The boxes of every picture.
 
         Args:
-            output: uint8 (output_bytes,), copied from the device.
+            output: uint8 (output_bytes,), in host memory.
 
         Returns:
             Per picture the boxes in network-input pixels, best first; copies, independent of `output`.
@@ -519,7 +538,8 @@ class NmsKernel:
         Args:
             rows: Address of float32 [batch, rows, 6].
             workspace: Address of `layout.workspace_bytes` bytes.
-            output: Address of `layout.output_bytes` bytes.
+            output: Address of `layout.output_bytes` bytes, in device memory or in page-locked host memory: they are
+                only written, and each once.
             class_mask: Address of a `class_mask`, or 0.
             stream: Where to enqueue.
             kept_rows: Address of int32 [batch, max_detections] where the kernel keeps rows.

@@ -1,7 +1,10 @@
 """Frames in, boxes out on a GPU: one CUDA graph does everything.
 
 A frame's way, all on one stream: upload of the rows that the letterbox reads (from page-locked memory, by a kernel),
-letterbox, engine, YoloLayer (unless it is a plugin inside the engine), NMS, download of at most `max_detections` boxes.
+letterbox, engine, YoloLayer (unless it is a plugin inside the engine), NMS, which writes at most `max_detections` boxes
+into page-locked memory. No step is a copy command of the driver: those of all streams wait for each other in the queues
+of the copy engines.
+
 Where a frame lies and how large it is stands in a small record that travels along, so that one captured graph serves
 all frames of all sizes: it is captured once for each batch size.
 
@@ -26,6 +29,7 @@ from yolotrt.cuda.device import Bytes, GpuDevice, Graph, Memory, find_device
 from yolotrt.cuda.interop import DevicePixels, device_pixels
 from yolotrt.cuda.kernels import (
     BEST_VALUES,
+    CopyKernel,
     LetterboxKernel,
     NmsKernel,
     NmsLayout,
@@ -149,7 +153,7 @@ class GpuSession(Session):
 
         Returns:
             Milliseconds by stage: ``upload``, ``letterbox``, ``engine``, ``yololayer`` (unless it is in the engine),
-            ``nms``, ``download`` and ``whole``.
+            ``nms`` and ``whole``.
         """
         self.check_frame_count(len(frames))
         self._require_open()
@@ -289,7 +293,7 @@ class _Lane:
         self._stream = device.stream()
         self._sleeping, self._spinning = device.event(blocking=True), device.event()
         self._letterbox = LetterboxKernel(device, header.imgsz, half=header.inputs[0].dtype == "float16")
-        self._upload = UploadKernel(device)
+        self._copy, self._upload = CopyKernel(device), UploadKernel(device)
         self._tensors = {info.name: device.allocate(self._size(info)) for info in (*header.inputs, *header.outputs)}
         self._scratch = device.allocate(engine.scratch_bytes)
         self._yololayer = None if header.yololayer == PLUGIN else _YoloLayer(engine, self._tensors)
@@ -432,19 +436,18 @@ class _Lane:
             "letterbox": lambda: self._enqueue_letterbox(batch),
             "engine": lambda: self._enqueue_engine(batch),
             "nms": lambda: self._nms.enqueue(self._rows.address, batch, self._stream),
-            "download": lambda: self._nms.enqueue_download(batch, self._stream),
         }
         layer = self._yololayer
         if layer is None:
             return stages
-        names = ("upload", "letterbox", "engine", "yololayer", "nms", "download")
+        names = ("upload", "letterbox", "engine", "yololayer", "nms")
         stages["yololayer"] = lambda: layer.enqueue(batch, self._stream, self._nms.confidence)
         return {name: stages[name] for name in names}
 
     def _enqueue_upload(self, batch: int) -> None:
-        plan_bytes = self._letterbox.plan_bytes
-        self._device.upload(self._plans.device.address, self._plans.memory[: batch * plan_bytes], self._stream)
-        self._upload.launch(self._plans.device.address, plan_bytes, batch, self._stream)
+        plans, plan_bytes = self._plans, self._letterbox.plan_bytes
+        self._copy.launch(plans.device.address, plans.memory.ctypes.data, batch * plan_bytes, self._stream)
+        self._upload.launch(plans.device.address, plan_bytes, batch, self._stream)
 
     def _enqueue_letterbox(self, batch: int) -> None:
         images = self._tensors[self._engine.header.inputs[0].name].address
@@ -603,24 +606,22 @@ class _Nms:
         layout = NmsLayout(self._largest_batch, self._row_count, options.max_detections)
         kernel = NmsKernel(self._device, layout, options)  # refuses wrong options before anything is enqueued
         mask = self._class_mask(options)
-        output, host_output = self._device.allocate(layout.output_bytes), self._device.page_locked(layout.output_bytes)
+        output = self._device.page_locked(layout.output_bytes)
         # all or nothing: graphs that hold the old addresses stay valid if memory runs out above
         self._kernels, self._results = {layout.batch: kernel}, {}
-        self._mask, self._output, self._host_output, self._options = mask, output, host_output, options
+        self._mask, self._output, self._options = mask, output, options
         return True
 
     def enqueue(self, rows: int, batch: int, stream: Any) -> None:
-        self._kernel(batch).launch(rows, self._workspace.address, self._output.address, self._mask.address, stream)
-
-    def enqueue_download(self, batch: int, stream: Any) -> None:
-        size = self._kernel(batch).layout.output_bytes
-        self._device.download(self._host_output[:size], self._output.address, stream)
+        """Write the boxes of `rows` into page-locked memory."""
+        output = self._output.ctypes.data
+        self._kernel(batch).launch(rows, self._workspace.address, output, self._mask.address, stream)
 
     def boxes(self, count: int, batch: int) -> list[Boxes]:
-        """Boxes of the first `count` pictures of a batch that was downloaded."""
+        """Boxes of the first `count` pictures of a finished batch."""
         results = self._results.get(batch)
         if results is None:
-            results = self._results[batch] = self._kernel(batch).layout.split(self._host_output)
+            results = self._results[batch] = self._kernel(batch).layout.split(self._output)
         counts, rows = results
         return [boxes_of(rows[index], int(counts[index])) for index in range(count)]
 
