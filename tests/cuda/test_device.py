@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import os
 import subprocess
 import sys
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -83,8 +86,7 @@ class FakeCupy(types.ModuleType):
             CUDARuntimeError=CudaError,
             getDeviceProperties=lambda index: {"name": b"H%d" % (100 + index)},
             memGetInfo=lambda: (3, 8),
-            memset=lambda *arguments: self.calls.append(("memset", *arguments)),
-            streamSynchronize=lambda stream: self.calls.append(("synchronize", stream)),
+            memsetAsync=lambda *arguments: self.calls.append(("memset", *arguments)),
             streamCaptureModeThreadLocal=1,
         )
         self.cuda = types.SimpleNamespace(
@@ -92,6 +94,7 @@ class FakeCupy(types.ModuleType):
             driver=types.SimpleNamespace(CUDADriverError=type("CUDADriverError", (Exception,), {})),
             memory=types.SimpleNamespace(OutOfMemoryError=type("OutOfMemoryError", (Exception,), {})),
             Device=self._device,
+            Stream=lambda **_: Stream(self.calls),
             alloc=self._alloc,
             alloc_pinned_memory=lambda size: memoryview(bytearray(size)),
         )
@@ -113,6 +116,7 @@ class FakePycuda:
 
     def __init__(self, problem: Exception | None = None) -> None:
         self.depth = 0
+        self.calls: list[object] = []
         self.package, self.driver, self.tools = (
             types.ModuleType(f"pycuda{name}") for name in ("", ".driver", ".tools")
         )
@@ -128,7 +132,16 @@ class FakePycuda:
             name=lambda: "H100", compute_capability=lambda: (9, 0), retain_primary_context=lambda: self
         )
         self.driver.mem_get_info = lambda: (3, 8)
+        self.driver.mem_alloc = self._alloc
+        self.driver.Stream = lambda _: Stream(self.calls)
+        self.driver.memset_d8_async = lambda address, value, size, stream: self.calls.append(
+            ("memset", address, value, size, stream.ptr)
+        )
         self.tools.PageLockedMemoryPool = lambda: types.SimpleNamespace(allocate=np.empty)
+
+    def _alloc(self, size: int) -> int:
+        self.calls.append(("alloc", size))
+        return 4096
 
     def push(self) -> None:
         self.depth += 1
@@ -210,6 +223,28 @@ def test_where_none_works_there_is_one_clear_line(libraries, cupy, pycuda, libra
         find_device(library=library)
 
 
+def test_threads_that_look_for_a_gpu_at_once_get_the_same(libraries, monkeypatch):
+    libraries(FakeCupy(), None)
+
+    def open_slowly(index: int) -> CupyDevice:
+        time.sleep(0.05)
+        return CupyDevice(index)
+
+    monkeypatch.setitem(device_module.DEVICES, "cupy", open_slowly)
+    with ThreadPoolExecutor(4) as threads:
+        assert len(set(threads.map(lambda _: find_device(), range(4)))) == 1
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "32"), ("1", "1")])
+def test_streams_get_queues_of_their_own_unless_the_user_says_otherwise(libraries, monkeypatch, before, after):
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    if before is not None:
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", before)
+    libraries(FakeCupy(), None)
+    find_device()
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == after
+
+
 @pytest.mark.parametrize("by_variable", [False, True])
 def test_an_unknown_library_is_refused(libraries, monkeypatch, by_variable):
     libraries(FakeCupy(), None)
@@ -232,9 +267,20 @@ def test_cupys_memory_is_zeroed_before_other_streams_use_it(libraries):
     device = find_device()
     memory = device.allocate(100)
     assert (memory.address, memory.size) == (1024, 100)
-    assert cupy.calls == [("alloc", 100), ("memset", 1024, 0, 100), ("synchronize", 0)]
+    zeroing = Stream.ptr
+    # the pool is asked on a stream of our own: what other streams freed, and may still use, is not given to us
+    assert cupy.calls == ["enter", ("alloc", 100), ("memset", 1024, 0, 100, zeroing), "exit", "synchronize"]
     assert device.allocate(0).size == 0
-    assert cupy.calls[3] == ("alloc", 1)
+    assert cupy.calls[6] == ("alloc", 1)
+
+
+def test_pycudas_memory_is_zeroed_without_waiting_for_other_streams(libraries):
+    pycuda = FakePycuda()
+    libraries(None, pycuda)
+    with find_device().current():
+        memory = find_device().allocate(100)
+    assert (memory.address, memory.size) == (4096, 100)
+    assert pycuda.calls == [("alloc", 100), ("memset", 4096, 0, 100, Stream.ptr), "synchronize"]
 
 
 @pytest.mark.parametrize("library", ["cupy", "pycuda"])
@@ -258,18 +304,22 @@ def test_pycudas_context_is_left_as_it_was(libraries):
 
 
 class Stream:
-    """A stream of CuPy that is captured."""
+    """A stream that writes down what is done with it."""
 
     ptr = 7
 
-    def __init__(self) -> None:
-        self.calls: list[str] = []
+    def __init__(self, calls: list[object] | None = None) -> None:
+        self.calls: list[object] = [] if calls is None else calls
 
     def __enter__(self):
         self.calls.append("enter")
+        return self
 
     def __exit__(self, *_):
         self.calls.append("exit")
+
+    def synchronize(self):
+        self.calls.append("synchronize")
 
     def begin_capture(self, mode):
         self.calls.append(f"begin {mode}")

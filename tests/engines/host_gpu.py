@@ -131,6 +131,8 @@ class HostGpuDevice(GpuDevice):
         calls: How often kernels (by name) were executed, graphs launched and captures made.
         foreign_streams: Handles of other libraries' streams that were waited for.
         memory_limit: Bytes that can be allocated.
+        capturing_thread: Where a stream is being captured, if anywhere.
+        freed_elsewhere: How often device memory was freed outside of `current()`, where PyCUDA may not manage to.
         as_views: Whether page-locked memory comes as a view of an array, as PyCUDA gives it, or as one, as CuPy does.
     """
 
@@ -151,6 +153,8 @@ class HostGpuDevice(GpuDevice):
         self.page_locked_memory: dict[int, int] = {}
         self.streams: dict[int, HostStream] = {}
         self._kernels = kernels
+        self.capturing_thread: int | None = None
+        self.freed_elsewhere = 0
         self._handles = itertools.count(1000)
         self._graveyard: list[np.ndarray] = []
         self._thread = threading.local()
@@ -172,7 +176,7 @@ class HostGpuDevice(GpuDevice):
         self._check("allocate", in_capture=False)
         if self.memory_info()[0] < size:
             raise HostGpuError(f"Out of memory allocating {size} bytes")
-        block = _Block(size, self.device_memory, self._graveyard.append)
+        block = _Block(size, self.device_memory, self._free)
         bytes_at(block.address, max(size, 1))[:] = 0
         return Memory(block.address, size, block)
 
@@ -243,11 +247,13 @@ class HostGpuDevice(GpuDevice):
     def capture(self, stream: HostStream, enqueue: Callable[[], None]) -> Graph:
         self._check("capture", in_capture=False)
         stream.captured, self._thread.is_capturing = [], True
+        self.capturing_thread = threading.get_ident()
         try:
             enqueue()
             graph = HostGraph(stream.captured, self.calls)
         finally:
             stream.captured, self._thread.is_capturing = None, False
+            self.capturing_thread = None
         self.calls["capture"] += 1
         return graph
 
@@ -305,6 +311,14 @@ class HostGpuDevice(GpuDevice):
         if method in self.failing:
             raise copy.copy(self.failing[method])
 
+    def require_no_capture_elsewhere(self) -> None:
+        """What may wait for the whole GPU breaks the capture of any thread."""
+        assert self.capturing_thread in (None, threading.get_ident()), "another thread captures"
+
+    def _free(self, room: np.ndarray) -> None:
+        self.freed_elsewhere += getattr(self._thread, "depth", 0) == 0
+        self._graveyard.append(room)
+
     def _copy(self, target: int, source: int, size: int, memory: dict[int, int], address: int) -> None:
         self._require(memory, address, size)  # still alive
         ctypes.memmove(target, source, size)
@@ -356,7 +370,7 @@ class DataType(enum.Enum):
 
 
 class FakeTensorRt(types.ModuleType):
-    """The module `tensorrt`, as far as the runtime uses it, of a version 8 or of a later one.
+    """The module `tensorrt`, as far as the runtime uses it, of a version 8 or of a later one, or `tensorrt_rtx`.
 
     Attributes:
         has_scratch_size: Whether engines say how much memory they need.
@@ -368,11 +382,12 @@ class FakeTensorRt(types.ModuleType):
         engines: Those alive.
     """
 
-    def __init__(self, device: HostGpuDevice, version: str = "10.13.0.35") -> None:
-        super().__init__("tensorrt")
+    def __init__(self, device: HostGpuDevice, version: str = "10.13.0.35", *, is_rtx: bool = False) -> None:
+        super().__init__("tensorrt_rtx" if is_rtx else "tensorrt")
         self.__version__ = version
         self.device = device
-        self.is_modern = int(version.partition(".")[0]) >= 10
+        self.is_rtx = is_rtx
+        self.is_modern = is_rtx or int(version.partition(".")[0]) >= 10
         self.has_scratch_size = True
         self.deserialized = 0
         self.refused = self.failed = ""
@@ -383,6 +398,8 @@ class FakeTensorRt(types.ModuleType):
         self.Runtime = lambda logger: FakeRuntime(self, logger)
         if self.is_modern:
             self.ExecutionContextAllocationStrategy = enum.Enum("Strategy", ["STATIC", "USER_MANAGED"])
+        if is_rtx:
+            self.DynamicShapesKernelSpecializationStrategy = enum.Enum("Specialization", ["LAZY", "EAGER", "NONE"])
 
 
 class FakeRuntime:
@@ -392,12 +409,13 @@ class FakeRuntime:
 
     def deserialize_cuda_engine(self, plan: bytes) -> Any:
         assert isinstance(plan, bytes)
+        self._trt.device.require_no_capture_elsewhere()
         if self._trt.refused:
             if self._trt.refused.strip():
                 self._logger.log(Severity.ERROR, self._trt.refused)
             return None
         self._trt.deserialized += 1
-        kind = _ModernEngine if self._trt.is_modern else _OldEngine
+        kind = _RtxEngine if self._trt.is_rtx else _ModernEngine if self._trt.is_modern else _OldEngine
         engine = kind(self._trt, self, self._logger, plan)
         self._trt.engines.add(engine)
         return engine
@@ -475,8 +493,29 @@ class _ModernEngine(_Engine):
         return _ModernContext(self)
 
 
+class _RtxEngine(_ModernEngine):
+    """As of TensorRT-RTX."""
+
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig()
+
+    def create_execution_context(self, config: Any) -> Any:
+        assert config.dynamic_shapes_kernel_specialization_strategy.name == "EAGER"
+        return super().create_execution_context(config.strategy)
+
+
+class RuntimeConfig:
+    """How an execution context of TensorRT-RTX is made."""
+
+    dynamic_shapes_kernel_specialization_strategy: Any = None
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self.strategy = strategy
+
+
 class _Context:
     def __init__(self, engine: _Engine) -> None:
+        engine.trt.device.require_no_capture_elsewhere()
         self._trt, self._engine, self._logger = engine.trt, weakref.ref(engine), engine.logger
         self._addresses: dict[str, int] = {}
         self._batch = max(engine.inputs[0].shape[0], 0)

@@ -483,6 +483,53 @@ def test_where_capture_is_refused_everything_is_enqueued_after_one_warning(
     assert device.calls["graph"] == 0
 
 
+def test_a_capture_that_was_disturbed_is_tried_again(tiny_dynamic_engine, trt, device, caplog):
+    (wanted,) = expected(tiny_dynamic_engine, [frame(0)])
+    with GpuSession.open(trt, gpu_engine(tiny_dynamic_engine), device) as session:
+        for failing in (True, False, False):
+            if failing:
+                device.failing["capture"] = HostGpuError("another thread waited for the whole GPU")
+            else:
+                device.failing.clear()
+            assert_same(session.detect([frame(0)], OPTIONS), [wanted])
+    assert (device.calls["capture"], device.calls["graph"]) == (1, 1)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(("created", "engines"), [("then", 1), ("later", 2)])
+def test_no_session_of_the_gpu_is_opened_while_another_captures(
+    tiny_engine, trt, device, monkeypatch, created, engines
+):
+    engine = gpu_engine(tiny_engine, created="then")
+    capture = device.capture
+    problems: list[BaseException] = []
+    threads: list[threading.Thread] = []
+
+    def other() -> None:
+        try:
+            with GpuSession.open(trt, gpu_engine(tiny_engine, created=created), device) as session:
+                session.detect([frame(1)], OPTIONS)
+        except BaseException as problem:  # noqa: BLE001  # a thread's failure must reach the test
+            problems.append(problem)
+
+    def slow_capture(stream, enqueue):
+        def enqueue_slowly() -> None:
+            if not threads:
+                threads.append(threading.Thread(target=other))
+                threads[0].start()
+                threads[0].join(0.2)  # enough to come to where it must wait
+            enqueue()
+
+        return capture(stream, enqueue_slowly)
+
+    monkeypatch.setattr(device, "capture", slow_capture)
+    with GpuSession.open(trt, engine, device) as session:
+        session.detect([frame(0)], OPTIONS)
+        threads[0].join()
+    assert not problems
+    assert trt.deserialized == engines
+
+
 def test_no_batch_waits_for_a_copy_command_of_the_driver(tiny_dynamic_engine, trt, device):
     frames = [frame(seed) for seed in range(3)]
     wanted = expected(tiny_dynamic_engine, frames)
@@ -700,6 +747,16 @@ def test_a_forgotten_session_is_closed_by_the_collector(tiny_engine, trt, device
     assert len(trt.engines) == 0
     assert not device.device_memory
     assert not trt.violations
+
+
+def test_a_closing_session_frees_its_memory_while_the_gpu_is_current(tiny_engine, trt, device):
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        for found in [session.submit([frame(seed)], OPTIONS) for seed in range(gpu_session.LANES)]:
+            found.result()
+        del found
+    gc.collect()
+    assert not device.device_memory
+    assert device.freed_elsewhere == 0
 
 
 def test_freed_memory_shows_in_these_tests(device):

@@ -28,6 +28,13 @@ from yolotrt.errors import EngineFileError, InferenceError
         ({"backend_version": "11.4.0.106"}, "8.6.0", "was built with tensorrt 11.4.0.106, and 8.6.0 is installed"),
         ({"backend_version": ""}, "8.6.0", "and 8.6.0 is installed"),
         (
+            {"backend_version": "10.13.0.35", "build_options": {"version_compatible": True}},
+            "10.9.0.34",
+            "was built with tensorrt 10.13.0.35, and 10.9.0.34 is installed: version-compatible engines run with the "
+            "same or a later version, so build it again with python -m yolotrt -s, or install tensorrt 10.13.0.35 or "
+            "later",
+        ),
+        (
             {"compute_capability": "8.6", "device_name": "RTX 3090"},
             "10.13.0.35",
             "engine (in memory) was built for a GPU of compute capability 8.6 (RTX 3090), and this Host GPU has 9.0: "
@@ -49,6 +56,7 @@ def test_a_plan_for_another_machine_is_refused(tiny_engine, device, header, here
         ((9, 0), {"backend_version": "10.13.0"}),  # TensorRT gives three numbers in some places and four in others
         ((9, 0), {"compute_capability": "", "device_name": ""}),  # built without a GPU
         ((9, 0), {"backend_version": "10.9.0.34", "build_options": {"version_compatible": True}}),
+        ((9, 0), {"backend_version": "8.6.1", "build_options": {"version_compatible": True}}),  # of an older major
         ((8, 9), {"compute_capability": "8.0", "build_options": {"hardware_compatible": True}}),
         ((8, 0), {"compute_capability": "9.0", "build_options": {"hardware_compatible": True}}),
     ],
@@ -125,6 +133,15 @@ def test_scratch_memory_is_the_callers(tiny_engine, device, version):
         scratch = device.allocate(engine.scratch_bytes)
     context = engine.context(1, scratch)
     assert context._scratch == (scratch.address, engine.scratch_bytes)
+
+
+def test_contexts_of_rtx_have_their_own_kernels_from_the_first_run_on(tiny_dynamic_engine, device):
+    trt = FakeTensorRt(device, "1.7.1.116", is_rtx=True)
+    header = {"backend": "tensorrt-rtx", "version": "1.7.1.116"}
+    engine = TrtEngine(trt, gpu_engine(tiny_dynamic_engine, **header), device)
+    with device.current():
+        scratch = device.allocate(engine.scratch_bytes)
+    assert engine.context(2, scratch)._scratch == (scratch.address, engine.scratch_bytes)
 
 
 def test_a_batch_that_tensorrt_refuses_is_one_line(tiny_dynamic_engine, device, trt):

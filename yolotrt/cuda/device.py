@@ -10,7 +10,9 @@ from __future__ import annotations
 import abc
 import contextlib
 import ctypes
+import functools
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,10 @@ Bytes = npt.NDArray[np.uint8]
 
 LIBRARY_VARIABLE = "YOLOTRT_DEVICE_LIBRARY"
 """Environment variable that chooses ``cupy`` or ``pycuda``."""
+
+_QUEUES_VARIABLE, _MOST_QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS", "32"
+"""Hardware queues of a process's streams (CUDA Programming Guide, environment variables). There are 8 unless it is set
+before CUDA starts, and streams that fall into the same queue wait for each other, as do a network's own streams."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,8 @@ class GpuDevice(abc.ABC):
         name: The GPU's name.
         capability: Compute capability, such as ``(9, 0)``.
         errors: What the library raises when the GPU or the driver fails.
+        exclusive: To be held while a stream is captured, and by whatever may wait for the whole GPU, which no capture
+            survives, in whichever thread it is (CUDA Programming Guide, "Prohibited and Unhandled Operations").
     """
 
     library: str
@@ -70,6 +78,7 @@ class GpuDevice(abc.ABC):
     errors: tuple[type[BaseException], ...]
 
     def __init__(self) -> None:
+        self.exclusive = threading.RLock()
         self._modules: dict[bytes, Any] = {}
 
     @abc.abstractmethod
@@ -222,9 +231,10 @@ class CupyDevice(GpuDevice):
 
     def allocate(self, size: int) -> Memory:
         """See `GpuDevice.allocate`."""
-        owner = self._cupy.cuda.alloc(max(size, 1))
-        self._runtime.memset(owner.ptr, 0, max(size, 1))
-        self._runtime.streamSynchronize(0)  # users' streams do not wait for the default one
+        with self._zeroing as stream:  # CuPy's pool gives memory again that another stream may still be using
+            owner = self._cupy.cuda.alloc(max(size, 1))
+            self._runtime.memsetAsync(owner.ptr, 0, max(size, 1), stream.ptr)
+        stream.synchronize()
         return Memory(int(owner.ptr), size, owner)
 
     def page_locked(self, size: int) -> Bytes:
@@ -313,6 +323,11 @@ class CupyDevice(GpuDevice):
         """See `GpuDevice.launch`; None is CuPy's current stream."""
         function(grid, block, tuple(arguments), shared_bytes, stream=stream)
 
+    @functools.cached_property
+    def _zeroing(self) -> Any:
+        """The stream on which memory is allocated and zeroed."""
+        return self.stream()
+
 
 class _CupyGraph(Graph):
     def __init__(self, graph: Any) -> None:
@@ -376,8 +391,8 @@ class PycudaDevice(GpuDevice):
     def allocate(self, size: int) -> Memory:
         """See `GpuDevice.allocate`."""
         owner = self._driver.mem_alloc(max(size, 1))
-        self._driver.memset_d8(int(owner), 0, max(size, 1))
-        self._driver.Context.synchronize()
+        self._driver.memset_d8_async(int(owner), 0, max(size, 1), self._zeroing)
+        self._zeroing.synchronize()  # not the context, which another thread's capture would not survive
         return Memory(int(owner), size, owner)
 
     def page_locked(self, size: int) -> Bytes:
@@ -454,6 +469,11 @@ class PycudaDevice(GpuDevice):
     ) -> None:
         """See `GpuDevice.launch`."""
         function[1](*arguments, grid=grid, block=block, stream=stream, shared=shared_bytes)
+
+    @functools.cached_property
+    def _zeroing(self) -> Any:
+        """The stream on which memory is zeroed."""
+        return self.stream()
 
 
 class _DriverError(Exception):
@@ -537,6 +557,7 @@ DEVICES: dict[str, Callable[[int], GpuDevice]] = {"cupy": CupyDevice, "pycuda": 
 """Device libraries in the order in which they are tried."""
 
 _open: dict[tuple[str, int], GpuDevice] = {}
+_opening = threading.Lock()
 
 
 def find_device(index: int | None = None, library: str | None = None) -> GpuDevice:
@@ -554,12 +575,14 @@ def find_device(index: int | None = None, library: str | None = None) -> GpuDevi
     chosen = library or os.environ.get(LIBRARY_VARIABLE)
     if chosen and chosen not in DEVICES:
         raise InputError(f"device library {chosen!r} is not known: choose one of {', '.join(DEVICES)}")
+    os.environ.setdefault(_QUEUES_VARIABLE, _MOST_QUEUES)
     problems: list[YolotrtError] = []
     for name in [chosen] if chosen else DEVICES:
         key = name, index or 0
         try:
-            if key not in _open:
-                _open[key] = DEVICES[name](index or 0)
+            with _opening:
+                if key not in _open:
+                    _open[key] = DEVICES[name](index or 0)
         except YolotrtError as problem:
             problems.append(problem)
         else:

@@ -168,9 +168,10 @@ class GpuSession(Session):
         """See `Session.close`."""
         if self._engine is None:
             return
-        for lane in self._lanes:
-            with contextlib.suppress(*self._device.errors), self._device.current():
-                lane.close()
+        with contextlib.suppress(*self._device.errors), self._device.current():
+            while self._lanes:  # freed here, while the GPU is current: PyCUDA frees nothing in another thread otherwise
+                with contextlib.suppress(*self._device.errors):
+                    self._lanes.pop().close()
         self._lanes = []
         self._engine = None
 
@@ -303,7 +304,7 @@ class _Lane:
         self._slots = [_Slot(device, self._letterbox, plan) for plan in self._plans.host]
         self._nms = _Nms(device, row_count, self._high, len(header.model.names))
         self._contexts: dict[int, Any] = {}
-        self._graphs: dict[int, Graph | None] = {}
+        self._graphs: dict[int, Graph] = {}
         self._started = 0, 0  # frames and batch size of the batch under way
 
     def batch_for(self, count: int) -> int:
@@ -338,13 +339,12 @@ class _Lane:
         batch = self.batch_for(count)
         if self._nms.set_options(options):
             self._graphs.clear()
-        if batch not in self._graphs:  # TensorRT wants to run once before it is captured
-            self._enqueue(batch)
-            self._graphs[batch] = self._capture(batch)
-        elif (graph := self._graphs[batch]) is not None:
+        graph = self._graphs.get(batch)
+        if graph is not None:
             graph.launch(self._stream)
         else:
-            self._enqueue(batch)
+            self._enqueue(batch)  # TensorRT wants to run once before it is captured
+            self._capture(batch)
         self._device.record(self._sleeping, self._stream)
         self._device.record(self._spinning, self._stream)
         self._started = count, batch
@@ -413,17 +413,21 @@ class _Lane:
         self._device.synchronize(self._stream)
         return self._device.elapsed_ms(first, second)
 
-    def _capture(self, batch: int) -> Graph | None:
-        """The graph of a batch; None where TensorRT cannot be captured, which costs launch time and nothing else."""
-        if not self._engine.is_capturable:
-            return None
+    def _capture(self, batch: int) -> None:
+        """Make the graph of a batch. Where that fails the batch is enqueued, which costs launch time and nothing else.
+
+        One failure tells little: another library of the process may have waited for the whole GPU meanwhile.
+        """
+        if not self._engine.captures_left:
+            return
         failures: tuple[type[BaseException], ...] = (*self._device.errors, InferenceError)
         try:
-            return self._device.capture(self._stream, lambda: self._enqueue(batch))
+            with self._device.exclusive:
+                self._graphs[batch] = self._device.capture(self._stream, lambda: self._enqueue(batch))
         except failures as problem:
-            self._engine.is_capturable = False
-            _log.warning("the engine cannot be captured as a CUDA graph and is enqueued each time (%s)", problem)
-            return None
+            self._engine.captures_left -= 1
+            if not self._engine.captures_left:
+                _log.warning("the engine cannot be captured as a CUDA graph and is enqueued each time (%s)", problem)
 
     def _enqueue(self, batch: int) -> None:
         for enqueue in self._stages(batch).values():

@@ -9,11 +9,13 @@ import weakref
 from typing import Any
 
 from yolotrt.cuda.device import GpuDevice, Memory
-from yolotrt.engines.file import REBUILD, EngineFile, EngineHeader, TensorInfo
+from yolotrt.engines.file import REBUILD, EngineFile, TensorInfo
 from yolotrt.engines.trt_log import shared_logger
 from yolotrt.errors import EngineFileError, InferenceError
 
 _log = logging.getLogger(__name__)
+
+CAPTURE_ATTEMPTS = 3
 
 _AMPERE = (8, 0)
 """What plans with hardware compatibility need at least."""
@@ -29,7 +31,7 @@ class TrtEngine:
         device: The GPU.
         header: The engine's description.
         scratch_bytes: Device memory that one execution context needs while it runs.
-        is_capturable: Whether it can be captured as a CUDA graph, as far as is known.
+        captures_left: How many captures as a CUDA graph may still fail before no more are tried.
     """
 
     def __init__(self, trt: Any, engine: EngineFile, device: GpuDevice) -> None:
@@ -41,10 +43,10 @@ class TrtEngine:
         self.trt = trt
         self.device = device
         self.header = engine.header
-        self.is_capturable = True
+        self.captures_left = CAPTURE_ATTEMPTS
         require_fitting_machine(engine, trt, device)
         self._logger = shared_logger(trt)
-        with device.current():
+        with device.exclusive, device.current():
             self._runtime = trt.Runtime(self._logger)
             if engine.header.build_options.get("version_compatible"):
                 self._runtime.engine_host_code_allowed = True  # the plan brings its runtime along, as program code
@@ -60,7 +62,8 @@ class TrtEngine:
         """A new execution context for one batch size.
 
         A CUDA graph is bound to the state of the context that it was captured from (TensorRT Developer Guide, "CUDA
-        Graphs"), so each batch size gets a context; those of one stream may share their scratch memory.
+        Graphs"), so each batch size gets a context; those of one stream may share their scratch memory. An engine is
+        not safe for several threads (TensorRT documentation, "Thread Safety"): they make their contexts in turn.
 
         Args:
             batch: Pictures in each call.
@@ -69,7 +72,8 @@ class TrtEngine:
         Raises:
             InferenceError: if TensorRT refuses.
         """
-        context = self._new_context(scratch)
+        with self.device.exclusive:
+            context = self._new_context(scratch)
         if context is None:
             raise InferenceError(f"TensorRT gave no execution context ({self.last_error}): free GPU memory, or rebuild")
         for info in self.header.inputs:
@@ -93,7 +97,10 @@ class TrtEngine:
     def _new_context(self, scratch: Memory) -> Any:
         """A context without memory of its own, given ours."""
         strategy = getattr(self.trt, "ExecutionContextAllocationStrategy", None)
-        if strategy is not None:
+        specialization = getattr(self.trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if strategy is not None and specialization is not None:
+            context = self._engine.create_execution_context(self._rtx_config(strategy, specialization))
+        elif strategy is not None:
             context = self._engine.create_execution_context(strategy.USER_MANAGED)
         elif hasattr(self._engine, "create_execution_context_without_device_memory"):  # TensorRT 8
             context = self._engine.create_execution_context_without_device_memory()
@@ -104,6 +111,19 @@ class TrtEngine:
         elif context is not None:
             context.device_memory = scratch.address
         return context
+
+    def _rtx_config(self, strategy: Any, specialization: Any) -> Any:
+        """How TensorRT-RTX makes a context: with the kernels for its shapes, before the first run.
+
+        Otherwise it takes makeshift ones until the others are compiled, and a graph would keep those.
+        """
+        if not hasattr(self._engine, "create_runtime_config"):
+            return strategy.USER_MANAGED
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy.USER_MANAGED)
+        if hasattr(config, "dynamic_shapes_kernel_specialization_strategy"):
+            config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
+        return config
 
     def _require_tensors(self, label: str) -> None:
         """The plan's inputs and outputs must be those of the header: buffers are made from it."""
@@ -142,7 +162,15 @@ def require_fitting_machine(engine: EngineFile, trt: Any, device: GpuDevice) -> 
         EngineFileError: saying what it was built for and what is here.
     """
     header = engine.header
-    if not header.build_options.get("version_compatible") and _version(header) != _numbers(trt.__version__):
+    built, installed = _numbers(header.backend_version), _numbers(trt.__version__)
+    if header.build_options.get("version_compatible"):
+        if built > installed:
+            raise EngineFileError(
+                f"engine {engine.label} was built with {header.backend} {header.backend_version}, and "
+                f"{trt.__version__} is installed: version-compatible engines run with the same or a later version, so "
+                f"{REBUILD}, or install {header.backend} {header.backend_version} or later"
+            )
+    elif built != installed:
         raise EngineFileError(
             f"engine {engine.label} was built with {header.backend} {header.backend_version}, and {trt.__version__} is "
             f"installed, which cannot run it: {REBUILD}, or install {header.backend} {header.backend_version}"
@@ -165,13 +193,9 @@ def require_fitting_machine(engine: EngineFile, trt: Any, device: GpuDevice) -> 
     )
 
 
-def _version(header: EngineHeader) -> list[str]:
-    return _numbers(header.backend_version)
-
-
-def _numbers(version: str) -> list[str]:
+def _numbers(version: str) -> list[int]:
     """Major, minor and patch: a plan needs exactly these (TensorRT Developer Guide, "Version Compatibility")."""
-    return re.findall(r"\d+", version)[:3]
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
 
 
 def _dtype_name(dtype: Any) -> str:
