@@ -127,6 +127,20 @@ def tiny() -> Weights:
     return all_weights(tiny_metadata())
 
 
+def test_engines_leave_all_memory_to_the_session_so_that_they_can_be_captured(rtx, tiny, monkeypatch):
+    flags: list[bool] = []
+    serialize = TrtHooks.serialize
+
+    def spy(hooks: TrtHooks, definition: Any, builder: Any, config: Any) -> bytes | None:
+        flags.append(config.get_flag(rtx.BuilderFlag.REQUIRE_USER_ALLOCATION))
+        return serialize(hooks, definition, builder, config)
+
+    monkeypatch.setattr(TrtHooks, "serialize", spy)
+    for batch_range in ((1, 1, 1), (1, 2, 4)):
+        build(rtx, tiny, "fp16", batch_range)
+    assert flags == [True, True]
+
+
 def plan_tensors(plan: Plan) -> dict[str, tuple[str, str]]:
     """Dimensions and type of the tensors that the plan's text speaks of, by name."""
     text = plan.data.decode("latin1")

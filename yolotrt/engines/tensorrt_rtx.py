@@ -59,7 +59,14 @@ class TensorRtRtxBackend(Backend):
 
 
 class _RtxHooks(TrtHooks):
-    """Looks at what TensorRT-RTX made of an INT8 network."""
+    """Lets a CUDA graph be captured, and looks at what TensorRT-RTX made of an INT8 network."""
+
+    def configure(self, config: Any) -> None:
+        """See `BuildHooks.configure`; all memory is ours, as a capture stands no allocation."""
+        super().configure(config)
+        flag = getattr(self._trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)  # TensorRT-RTX 1.2
+        if flag is not None:
+            config.set_flag(flag)
 
     def int8_convolutions(self, plan: bytes) -> int | None:
         return count_int8_convolutions(plan)
