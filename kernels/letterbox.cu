@@ -3,12 +3,14 @@
 // One thread makes one input pixel (three values, one a plane).
 // Grid:    x = input columns / 32, y = input rows / 8, z = batch slots; block 32 x 8.
 // Plans:   one record a slot, plan_bytes apart: struct Plan, then a Tap for every scaled column, then one for every
-//          scaled row, then what upload.cu reads. yolotrt/cuda/kernels.py writes them once a frame size: the coordinates need float64 and
-//          particular roundings, so tables make the device code pure integer arithmetic, exact and equally fast on
-//          GPUs with slow float64. A changed frame pointer is a change of data, not of launch arguments, so one
+//          scaled row, then what upload.cu reads. yolotrt/cuda/kernels.py writes them once a frame size: the
+//          coordinates need float64 and particular roundings, so tables make the device code pure integer arithmetic,
+//          exact and equally fast on GPUs with slow float64. A changed frame pointer is a change of data, not of launch arguments, so one
 //          captured CUDA graph serves every frame, and frames of different sizes share a launch.
 // Output:  [slots, 3, rows, columns], RGB, value / 255 in float32, then rounded to half if HALF_OUTPUT.
-// Cost:    reads the frame rows that the taps touch (1080p -> 640: 1 of 3, 2.1 MB), writes 6 or 12 bytes a pixel.
+// Cost:    reads the frame rows that the taps touch (1080p -> 640: 1 of 3, 2.1 MB), writes 6 or 12 bytes a pixel. What
+//          takes the time is instructions: pixels without weight are not read (all but one of four where the frame
+//          shrinks by an odd whole number), and a division is three multiplications.
 //
 // The resized bytes are those of OpenCV's INTER_LINEAR for uint8 (modules/imgproc/src/resize.cpp): 11-bit weights, a
 // horizontal pass kept in 32 bits, a vertical pass that drops 4 bits before its product and 16 after it.
@@ -51,9 +53,22 @@ struct Plan {
     int row_bytes, row_count, is_listed, unused;
 };
 
-__device__ __forceinline__ int horizontal(const unsigned char* pixels, int offset, int next_offset, Tap tap)
+struct Pixel {
+    int blue, green, red;
+};
+
+// A pixel and the one after it, weighted, in 1/128.
+__device__ __forceinline__ Pixel horizontal(const unsigned char* row, int last_column, Tap tap)
 {
-    return (pixels[offset] * tap.weight + pixels[next_offset] * tap.next_weight) >> 4;
+    const unsigned char* pixel = row + tap.first;
+    Pixel sum = {pixel[0] * tap.weight, pixel[1] * tap.weight, pixel[2] * tap.weight};
+    if (tap.next_weight) {
+        const unsigned char* next = row + min(tap.first + CHANNELS, last_column);
+        sum.blue += next[0] * tap.next_weight;
+        sum.green += next[1] * tap.next_weight;
+        sum.red += next[2] * tap.next_weight;
+    }
+    return {sum.blue >> 4, sum.green >> 4, sum.red >> 4};
 }
 
 __device__ __forceinline__ int vertical(int upper, int lower, Tap tap)
@@ -64,7 +79,10 @@ __device__ __forceinline__ int vertical(int upper, int lower, Tap tap)
 
 __device__ __forceinline__ Output normalized(int byte)
 {
-    const float value = (float)byte / 255.0f;
+    // byte / 255, correctly rounded: the remainder of a quotient that may be one unit off corrects it
+    const float value_times_255 = (float)byte, reciprocal = 1.0f / 255.0f;
+    const float near = value_times_255 * reciprocal;
+    const float value = fmaf(fmaf(-255.0f, near, value_times_255), reciprocal, near);
 #if HALF_OUTPUT
     return float_to_half(value);
 #else
@@ -82,22 +100,21 @@ extern "C" __global__ void letterbox(const unsigned char* __restrict__ plans, in
     const unsigned char* record = plans + (long long)blockIdx.z * plan_bytes;
     const Plan plan = *(const Plan*)record;
     const int x = column - plan.left, y = row - plan.top;
-    int blue = PAD_VALUE, green = PAD_VALUE, red = PAD_VALUE;
+    Pixel made = {PAD_VALUE, PAD_VALUE, PAD_VALUE};
     if (x >= 0 && x < plan.scaled_width && y >= 0 && y < plan.scaled_height) {
         const Tap* taps = (const Tap*)(record + sizeof(Plan));
         const Tap across = taps[x], down = taps[plan.scaled_width + y];
-        const int left = across.first, right = min(left + CHANNELS, plan.last_column);
-        const unsigned char* upper = plan.pixels + max(down.first, 0) * plan.pitch;
-        const unsigned char* lower = plan.pixels + min(down.first + 1, plan.last_row) * plan.pitch;
-        blue = vertical(horizontal(upper, left, right, across), horizontal(lower, left, right, across), down);
-        green = vertical(horizontal(upper, left + 1, right + 1, across), horizontal(lower, left + 1, right + 1, across),
-                         down);
-        red = vertical(horizontal(upper, left + 2, right + 2, across), horizontal(lower, left + 2, right + 2, across),
-                       down);
+        const Pixel upper = horizontal(plan.pixels + max(down.first, 0) * plan.pitch, plan.last_column, across);
+        Pixel lower = {};
+        if (down.next_weight)  // the same for a whole warp
+            lower = horizontal(plan.pixels + min(down.first + 1, plan.last_row) * plan.pitch, plan.last_column, across);
+        made.blue = vertical(upper.blue, lower.blue, down);
+        made.green = vertical(upper.green, lower.green, down);
+        made.red = vertical(upper.red, lower.red, down);
     }
     const long long plane = (long long)rows * columns;
     Output* pixel = output + blockIdx.z * (CHANNELS * plane) + (long long)row * columns + column;
-    pixel[0] = normalized(red);
-    pixel[plane] = normalized(green);
-    pixel[2 * plane] = normalized(blue);
+    pixel[0] = normalized(made.red);
+    pixel[plane] = normalized(made.green);
+    pixel[2 * plane] = normalized(made.blue);
 }

@@ -53,6 +53,12 @@ def test_frames_of_different_sizes_share_a_launch(machine):
     assert letterbox_differences(machine, (64, 96), frames, half=True) == 0
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_each_byte_is_divided_as_numpy_divides_it(machine, half):
+    every_byte = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    assert letterbox_differences(machine, (16, 16), [every_byte], half=half) == 0
+
+
 def test_rows_beyond_the_border_keep_their_weights_and_columns_do_not():
     rows, columns = resize_taps(2, 8, clamp=False), resize_taps(2, 8, clamp=True)
     assert rows[0].tolist() == (-1, 768, 1280)  # coordinate -0.375: 0.375 and 0.625 of 2048
