@@ -37,8 +37,8 @@ from yolotrt.weights import Weights
 Image = npt.NDArray[np.uint8]
 
 FILE_TO_BOXES = "file to boxes"
-STAGES = ("decode", "upload", "letterbox", "engine", "yololayer", "nms", "download", "whole")
-"""Order of the stages; a machine without a GPU has no upload and no download. `whole` is frames to boxes."""
+STAGES = ("decode", "upload", "letterbox", "engine", "yololayer", "nms", "whole")
+"""Order of the stages; a machine without a GPU has no upload. `whole` is frames to boxes."""
 
 STAGE_MEANINGS = {
     "decode": "reading the files and decoding them to BGR",
@@ -46,8 +46,7 @@ STAGE_MEANINGS = {
     "letterbox": "scaling, padding, RGB in 0..1",
     "engine": "the network alone",
     "yololayer": "raw heads to candidates",
-    "nms": "non-maximum suppression",
-    "download": "boxes to the host",
+    "nms": "non-maximum suppression; a GPU writes the boxes to the host",
     "whole": "decoded frames to boxes, as one call",
     FILE_TO_BOXES: "files to boxes in pixels of the pictures, as one call: everything above",
 }
