@@ -146,3 +146,11 @@ def test_peers_take_turns_and_the_one_that_cannot_run_is_left_out(tiny_weights, 
     assert "opencv is left out" in done.stderr
     assert "| yolotrt | " in done.stdout
     assert done.stdout.count(" 1.00x |") == 2
+
+
+def test_without_matplotlib_there_is_no_plot_and_a_line_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    row = Row("a", "onnxruntime", "fp32", 1, {FILE_TO_BOXES: [10.0, 20.0]})
+    benchmark.write_results(tmp_path, [row], Plan(), 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmark.json", "benchmark.md"]
+    assert "the benchmark has no plot: matplotlib is not installed" in caplog.text

@@ -25,7 +25,7 @@ from yolotrt import markdown
 from yolotrt.engines.base import BuildOptions, Session
 from yolotrt.engines.build import build_engine, open_session
 from yolotrt.engines.file import EngineFile
-from yolotrt.errors import InputError, YolotrtError
+from yolotrt.errors import BackendUnavailableError, InputError, YolotrtError
 from yolotrt.files import atomic_write, atomic_write_text
 from yolotrt.machine import describe_machine
 from yolotrt.media.images import read_image
@@ -441,21 +441,30 @@ def to_record(rows: Sequence[Row], machine: Mapping[str, str], plan: Plan, pictu
 
 
 def write_results(folder: Path, rows: Sequence[Row], plan: Plan, pictures: int) -> str:
-    """Write benchmark.json, benchmark.md and benchmark.png into a folder; returns the Markdown.
+    """Write benchmark.json, benchmark.md and, where matplotlib is installed, benchmark.png; returns the Markdown.
 
     Raises:
         OutputError: if a file cannot be written.
-        BackendUnavailableError: if matplotlib is not installed.
     """
-    from yolotrt.evaluation import plots
-
     machine = describe_machine()
     text = to_markdown(rows, machine, plan, pictures)
     atomic_write_text(folder / "benchmark.json", json.dumps(to_record(rows, machine, plan, pictures), indent=1))
     atomic_write_text(folder / "benchmark.md", f"# Benchmark\n\n{text}\n")
-    with atomic_write(folder / "benchmark.png") as file:
-        file.write(plots.to_png(plots.latency([_point(row) for row in rows])))
+    _write_plot(folder / "benchmark.png", rows)
     return text
+
+
+def _write_plot(path: Path, rows: Sequence[Row]) -> None:
+    """Latency against batch. Without matplotlib there is no plot, and a message says so."""
+    from yolotrt.evaluation import plots
+
+    try:
+        picture = plots.to_png(plots.latency([_point(row) for row in rows]))
+    except (BackendUnavailableError, ImportError) as problem:
+        _log.warning("the benchmark has no plot: %s", problem)
+        return
+    with atomic_write(path) as file:
+        file.write(picture)
 
 
 def _point(row: Row) -> tuple[str, int, float, float | None]:

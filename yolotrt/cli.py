@@ -676,12 +676,12 @@ def evaluate(options: argparse.Namespace) -> int:
 def benchmark(options: argparse.Namespace) -> int:
     """Measure engines' speed (--benchmark)."""
     from yolotrt import benchmark as measuring
-    from yolotrt.evaluation.plots import require_matplotlib
     from yolotrt.evaluation.run import Data, evaluate_engine, require_packages
     from yolotrt.markdown import write_section
     from yolotrt.media.results import next_run_folder
 
-    require_matplotlib() if options.accuracy is None else require_packages()
+    if options.accuracy is not None:
+        require_packages()
     out = options.out or DEFAULT_BENCHMARK_OUTPUT
     _check_folder(out)
     _check_writable(out / "benchmark.json")
