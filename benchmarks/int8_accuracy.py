@@ -25,7 +25,8 @@ from yolotrt import load_weights
 from yolotrt.calibration.activations import OnnxActivations
 from yolotrt.calibration.calibrate import make_table, observe
 from yolotrt.calibration.feed import PictureFeed
-from yolotrt.calibration.options import METHODS
+from yolotrt.calibration.objects import ObjectFinder
+from yolotrt.calibration.options import OBJECTS, RULES
 from yolotrt.calibration.table import TableSource
 from yolotrt.engines.base import CompleteOptions
 from yolotrt.engines.definition import BuildHooks, build_plan
@@ -110,10 +111,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"fp32: mAP50-95 {validation.measure(network('fp32', TENSORRT))[0]:.4f}\n")
     print("| placement | method | " + " | ".join(f"{count} pictures" for count in options.counts) + " |")
     print("| --- | --- |" + " --- |" * len(options.counts))
-    observed = [observe(activations, PictureFeed(feed.paths[:count], feed.imgsz))[0] for count in options.counts]
+    feeds = [PictureFeed(feed.paths[:count], feed.imgsz) for count in options.counts]
+    everywhere = [observe(activations, few)[0] for few in feeds]
+    finder = ObjectFinder(weights, validation.imgsz, options.threads)
+    at_objects = [observe(activations, few, finder)[0] for few in feeds]
     for name, placement in PLACEMENTS.items():
-        for method in METHODS:
+        for method in (*RULES, OBJECTS):
             source = TableSource("", validation.imgsz, method, "", {})
+            observed = at_objects if method == OBJECTS else everywhere
             tables = [make_table(histograms, activations.groups, source, 0) for histograms in observed]
             results = [
                 validation.measure(network("int8", placement, Quantization(table.scales, tuple(options.keep))))

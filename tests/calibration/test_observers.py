@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from yolotrt.calibration.observers import BINS, MIN_LIMIT, MSE_CANDIDATES, MSE_LEAST_PART, Histogram, threshold
-from yolotrt.calibration.options import METHODS
+from yolotrt.calibration.options import RULES
 
 VALUES = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=40)
 
@@ -63,7 +63,7 @@ def test_values_that_are_not_finite_are_refused(bad):
         histogram_of([1.0, bad])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RULES)
 @settings(deadline=None)
 @given(values=VALUES)
 def test_no_threshold_exceeds_the_largest_value(method, values):
@@ -73,14 +73,14 @@ def test_no_threshold_exceeds_the_largest_value(method, values):
     assert (found > 0) == (histogram.largest > 0)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RULES)
 def test_thresholds_scale_with_the_values(method):
     values = np.random.default_rng(0).standard_normal(20_000)
     small, large = (threshold(histogram_of(values * factor), method) for factor in (1, 1024))
     assert large == pytest.approx(1024 * small)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RULES)
 def test_evenly_spread_values_need_their_whole_range(method):
     found = threshold(histogram_of(np.linspace(-1, 1, 200_001)), method)
     assert found == pytest.approx(1.0, abs=0.01)  # the step of the candidates

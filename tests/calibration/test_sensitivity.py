@@ -39,7 +39,7 @@ def options(tmp_path) -> Int8Options:
     for index in range(16):
         coarse = random.integers(0, 256, (4, 6, 3), np.uint8)
         cv2.imwrite(str(folder / f"{index:02}.png"), cv2.resize(coarse, (60, 40)))
-    return Int8Options(calib=folder, keep=("auto",))
+    return Int8Options(calib=folder, method="mse", keep=("auto",))
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_the_choice_is_remembered_for_the_same_scales_alone(tiny_weights, table,
     def fail(*_: object) -> None:
         raise RuntimeError("measured")
 
-    monkeypatch.setattr(sensitivity, "_Heads", fail)
+    monkeypatch.setattr(sensitivity, "Heads", fail)
     assert analyse(tiny_weights, SIZE, bad, options, ONNX_RUNTIME).keep == first.keep
     for other, placement in ((table, ONNX_RUNTIME), (bad, FLOAT_TENSORRT)):
         with pytest.raises(RuntimeError, match="measured"):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from yolotrt.calibration.activations import ActivationSource, OnnxActivations, record
+from yolotrt.calibration.activations import ActivationSource, Float, OnnxActivations, record
 from yolotrt.calibration.feed import PictureFeed
+from yolotrt.calibration.objects import ObjectFinder, inside
 from yolotrt.calibration.observers import Histogram, threshold
-from yolotrt.calibration.options import Int8Options
+from yolotrt.calibration.options import OBJECTS, Int8Options
 from yolotrt.calibration.table import ScaleTable, TableSource, check_complete, scale_problem
 from yolotrt.cuda.compile import cache_folder
 from yolotrt.errors import InputError, OutputError, WeightsError
@@ -59,7 +60,7 @@ def find_table(
         weights: The model.
         weights_sha256: Their checksum.
         imgsz: Network input height and width in pixels.
-        options: Pictures, method and table.
+        options: Pictures, table and a method that is not ``auto``.
         activations: Computes the float network; None takes ONNX Runtime on the CPU.
 
     Raises:
@@ -75,7 +76,9 @@ def find_table(
     cached = scales_folder() / f"{source.key()[:32]}.json"
     known = _from_cache(cached, source, weights)
     if known is None:
-        table, origin = calibrate(activations or OnnxActivations(weights, imgsz), feed, source), "calibrated now"
+        observed = activations or OnnxActivations(weights, imgsz)
+        finder = ObjectFinder(weights, imgsz) if options.method == OBJECTS else None
+        table, origin = calibrate(observed, feed, source, finder), "calibrated now"
         _keep(table, cached)
     else:
         table, origin = known, f"from an earlier calibration with the same pictures, {cached}"
@@ -90,14 +93,23 @@ def scales_folder() -> Path:
     return cache_folder().parent / "scales"
 
 
-def calibrate(activations: ActivationSource, feed: PictureFeed, source: TableSource) -> ScaleTable:
-    """Observe the float network and choose scales."""
-    histograms, pictures = observe(activations, feed)
+def calibrate(
+    activations: ActivationSource, feed: PictureFeed, source: TableSource, finder: ObjectFinder | None = None
+) -> ScaleTable:
+    """Observe the float network, where `finder` finds objects or everywhere, and choose scales."""
+    histograms, pictures = observe(activations, feed, finder)
     return make_table(histograms, activations.groups, source, pictures)
 
 
-def observe(activations: ActivationSource, feed: PictureFeed) -> tuple[dict[str, Histogram], int]:
+def observe(
+    activations: ActivationSource, feed: PictureFeed, finder: ObjectFinder | None = None
+) -> tuple[dict[str, Histogram], int]:
     """Count the values of all tensors over all pictures; memory does not depend on their number.
+
+    Args:
+        activations: Computes the float network.
+        feed: The pictures.
+        finder: Only values where it finds objects count; None counts all.
 
     Returns:
         A histogram for each observed tensor, and the number of pictures.
@@ -114,10 +126,11 @@ def observe(activations: ActivationSource, feed: PictureFeed) -> tuple[dict[str,
         total=len(feed.paths), desc="calibrating", unit="image", disable=None, file=sys.stderr, leave=False
     ) as progress:
         for images in feed.batches():
+            select = _everything if finder is None else _values_inside(finder.find(images))
             for name, values in activations.observe(images):
                 floor = np.float32(activations.floors.get(name, -np.inf))
                 try:
-                    histograms.setdefault(name, Histogram()).add(np.maximum(values, floor))
+                    histograms.setdefault(name, Histogram()).add(np.maximum(select(values), floor))
                 except ValueError as problem:
                     raise WeightsError(
                         f"tensor {name} is {problem} in the float network: the weights cannot be used"
@@ -125,6 +138,19 @@ def observe(activations: ActivationSource, feed: PictureFeed) -> tuple[dict[str,
             pictures += 1
             progress.update()
     return histograms, pictures
+
+
+def _everything(values: Float) -> Float:
+    return values
+
+
+def _values_inside(boxes: Float) -> Callable[[Float], Float]:
+    """Takes a tensor's values (1, channels, rows, columns) where boxes are."""
+
+    def select(values: Float) -> Float:
+        return values[..., inside(boxes, *values.shape[-2:])]
+
+    return select
 
 
 def make_table(
@@ -157,7 +183,7 @@ def _group_threshold(histograms: Sequence[Histogram], method: str) -> float:
     values = Histogram()
     for histogram in histograms:
         values.merge(histogram)
-    return threshold(values, method)
+    return threshold(values, "mse" if method == OBJECTS else method)
 
 
 def _from_cache(path: Path, source: TableSource, weights: Weights) -> ScaleTable | None:

@@ -7,10 +7,20 @@ from pathlib import Path
 
 from yolotrt.errors import InputError
 
-METHODS = ("max", "percentile", "entropy", "mse")
+RULES = ("max", "percentile", "entropy", "mse")
 """How the largest representable value of a tensor is chosen; see `yolotrt.calibration.observers`."""
 
-DEFAULT_METHOD = "mse"
+OBJECTS = "objects"
+"""``mse`` of the values where objects are; see `yolotrt.calibration.objects`."""
+
+AUTO_METHOD = "auto"
+"""Of `AUTO_METHODS` the one with the higher signal-to-noise ratio; see `yolotrt.calibration.sensitivity`."""
+
+AUTO_METHODS = ("mse", OBJECTS)
+
+METHODS = (AUTO_METHOD, *RULES, OBJECTS)
+
+DEFAULT_METHOD = AUTO_METHOD
 
 AUTO_KEEP = "auto"
 NO_KEEP = "none"

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from yolotrt.calibration.calibrate import find_table
-from yolotrt.calibration.options import AUTO_KEEP, NO_KEEP, Int8Options
+from yolotrt.calibration.calibrate import FoundTable, find_table
+from yolotrt.calibration.feed import PictureFeed
+from yolotrt.calibration.options import AUTO_KEEP, AUTO_METHOD, AUTO_METHODS, NO_KEEP, Int8Options
 from yolotrt.engines.base import CompleteOptions
 from yolotrt.errors import InputError
-from yolotrt.network.quantize import ONNX_RUNTIME, TENSORRT, Quantization
+from yolotrt.network.quantize import ONNX_RUNTIME, TENSORRT, Placement, Quantization
 from yolotrt.weights import Weights
 
 
@@ -44,12 +45,12 @@ def prepare(
     """
     if weights.metadata.task == "classify":
         raise InputError("INT8 is for detection and segmentation, this model classifies: choose another --precision")
-    found = find_table(weights, weights_sha256, complete.imgsz, options)
+    placement = ONNX_RUNTIME if backend == "onnxruntime" else replace(TENSORRT, high_precision="fp32")
+    found = _find_table(weights, weights_sha256, complete.imgsz, options, placement)
     keep = options.keep or ((NO_KEEP,) if found.is_given else (AUTO_KEEP,))
     if options.report is not None or keep == (AUTO_KEEP,):
         from yolotrt.calibration.sensitivity import analyse
 
-        placement = ONNX_RUNTIME if backend == "onnxruntime" else replace(TENSORRT, high_precision="fp32")
         keep = analyse(weights, complete.imgsz, found.table, replace(options, keep=keep), placement).keep
     keep = () if keep == (NO_KEEP,) else keep
     notes = {
@@ -60,3 +61,23 @@ def prepare(
         "keep": keep,
     }
     return Prepared(replace(complete, quantization=Quantization(found.table.scales, keep)), notes)
+
+
+def _find_table(
+    weights: Weights, weights_sha256: str, imgsz: tuple[int, int], options: Int8Options, placement: Placement
+) -> FoundTable:
+    """The scales by the method asked for; ``auto`` is the one with the least error, measured on a few pictures."""
+    if options.method != AUTO_METHOD or (options.table is not None and options.table.exists()):
+        return find_table(weights, weights_sha256, imgsz, options)
+    from yolotrt.calibration.sensitivity import Heads, some_pictures
+
+    found = [
+        find_table(weights, weights_sha256, imgsz, replace(options, method=method, table=None))
+        for method in AUTO_METHODS
+    ]
+    heads = Heads(weights, imgsz, list(some_pictures(PictureFeed.find(options.calib, imgsz))))
+    best = max(found, key=lambda row: heads.snr_db(Quantization(row.table.scales), placement))
+    if options.table is None:
+        return best
+    best.table.save(options.table)
+    return replace(best, origin=f"{best.origin}, written to {options.table}")

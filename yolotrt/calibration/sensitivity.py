@@ -2,7 +2,8 @@
 
 A layer's contribution is measured with that layer alone in INT8: its input, its kernel and, where the library's 8-bit
 kernels round it as well, its output. The error is that of the raw heads against the float network's, as a
-signal-to-noise ratio in dB: 10 dB more is a tenth of the error's power.
+signal-to-noise ratio in dB: 10 dB more is a tenth of the error's power. Each cell counts by its objectness in the float
+network: nearly all cells are background, where an error of the raw values changes no detection (docs/int8.md).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy.typing as npt
 from yolotrt.calibration.activations import record
 from yolotrt.calibration.calibrate import scales_folder
 from yolotrt.calibration.feed import PictureFeed
+from yolotrt.calibration.objects import FLOAT, objectness
 from yolotrt.calibration.options import AUTO_KEEP, NO_KEEP, Int8Options
 from yolotrt.calibration.table import ScaleTable
 from yolotrt.engines.base import CompleteOptions
@@ -79,24 +81,27 @@ class Analysis:
     keep: tuple[str, ...]
 
 
-class _Heads:
+class Heads:
     """Computes raw heads of float and INT8 variants of one model."""
 
     def __init__(self, weights: Weights, imgsz: tuple[int, int], pictures: Sequence[Float]) -> None:
         self._weights = weights
         self._imgsz = imgsz
         self._pictures = pictures
-        self._reference = self._compute("fp32", None, Placement(reads=frozenset(), high_precision="fp32"))
+        levels = len(weights.metadata.strides)
+        self._reference = self._compute("fp32", None, FLOAT)[:levels]
+        anchors = len(weights.metadata.anchors[0])
+        self._objectness = [[objectness(head, anchors) for head in level] for level in self._reference]
 
     def snr_db(self, quantization: Quantization, placement: Placement) -> float:
-        """Signal-to-noise ratio of an INT8 variant's heads; all levels count alike."""
+        """Signal-to-noise ratio of an INT8 variant's heads; each cell counts by its objectness in the float network."""
         found = self._compute("int8", quantization, placement)
-        noise = [
-            sum(float(np.square(a - b, dtype=np.float64).sum()) for a, b in zip(level, other, strict=True))
-            / max(sum(float(np.square(a, dtype=np.float64).sum()) for a in level), np.finfo(np.float64).tiny)
-            for level, other in zip(self._reference, found, strict=True)
-        ]
-        return float(-10 * np.log10(max(float(np.mean(noise)), np.finfo(np.float64).tiny)))
+        signal = noise = np.finfo(np.float64).tiny
+        for rows in zip(self._reference, found, self._objectness, strict=False):  # prototypes of masks have no cells
+            for real, int8, weight in zip(*rows, strict=True):
+                signal += float((np.square(real, dtype=np.float64) * weight).sum())
+                noise += float((np.square(real - int8, dtype=np.float64) * weight).sum())
+        return float(10 * np.log10(signal / noise))
 
     def _compute(self, precision: str, quantization: Quantization | None, placement: Placement) -> list[list[Float]]:
         """By level, then by picture."""
@@ -132,7 +137,7 @@ def analyse(
     keep = _read_choice(cached) if is_auto and options.report is None else None
     if keep is not None:
         return Analysis((), (np.nan, np.nan), keep)
-    heads = _Heads(weights, imgsz, list(_some_pictures(feed)))
+    heads = Heads(weights, imgsz, list(some_pictures(feed)))
     before = heads.snr_db(Quantization(table.scales), placement)
     layers = []
     if options.report is not None or before < TARGET_DB:
@@ -156,7 +161,7 @@ def _key(table: ScaleTable, feed: PictureFeed, placement: Placement) -> str:
         json.dumps(table.groups),
         feed.checksum(),
         json.dumps([sorted(placement.reads), sorted(placement.writes), placement.reads_pictures]),
-        str((PICTURES, TARGET_DB, MAX_KEPT)),
+        str(("by objectness", PICTURES, TARGET_DB, MAX_KEPT)),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
@@ -178,7 +183,7 @@ def _write_choice(keep: Sequence[str], path: Path) -> None:
         _log.info("the layers to keep are not cached: %s", problem)
 
 
-def _some_pictures(feed: PictureFeed) -> Iterator[Float]:
+def some_pictures(feed: PictureFeed) -> Iterator[Float]:
     """`PICTURES` of the calibration pictures, letterboxed."""
     chosen = np.linspace(0, len(feed.paths) - 1, min(PICTURES, len(feed.paths))).astype(int)
     for picture in PictureFeed(tuple(feed.paths[index] for index in chosen), feed.imgsz).readable():
@@ -186,7 +191,7 @@ def _some_pictures(feed: PictureFeed) -> Iterator[Float]:
 
 
 def _measure_layers(
-    heads: _Heads, weights: Weights, imgsz: tuple[int, int], table: ScaleTable, placement: Placement
+    heads: Heads, weights: Weights, imgsz: tuple[int, int], table: ScaleTable, placement: Placement
 ) -> list[LayerNoise]:
     """Each convolution alone in INT8, the most harmful first."""
     from tqdm import tqdm
@@ -214,7 +219,7 @@ def _measure_layers(
 
 
 def _choose(
-    heads: _Heads, layers: Sequence[LayerNoise], table: ScaleTable, placement: Placement, snr_db: float
+    heads: Heads, layers: Sequence[LayerNoise], table: ScaleTable, placement: Placement, snr_db: float
 ) -> tuple[str, ...]:
     """The most harmful layers, one by one, until the whole network is good enough."""
     keep: list[str] = []
@@ -264,7 +269,8 @@ def _markdown(analysis: Analysis) -> str:
             "# What INT8 does to each layer",
             "",
             "Signal-to-noise ratio of the raw heads against the float network, in dB: 10 dB more is a tenth of the",
-            "error's power. One line a convolution, with that one alone in INT8, the most harmful first.",
+            "error's power. Cells count by the probability that an object is there. One line a convolution, with that",
+            "one alone in INT8, the most harmful first.",
             "",
             f"- whole network in INT8: {before:.1f} dB",
             f"- with the kept layers in high precision: {after:.1f} dB",
