@@ -260,6 +260,7 @@ def _add_int8_options(add: Callable[..., None]) -> None:
         "(default: auto, or none if --calib-table is read)",
     )
     add("--int8-report", type=Path, metavar="DIR", help="measure how much INT8 hurts each layer; table and plot")
+    add("--int8-labels", type=Path, metavar="DATA", help="data.yaml or COCO json: mAP in the report as well")
 
 
 def _class(text: str) -> int | str:
@@ -467,6 +468,7 @@ def _int8_options(options: argparse.Namespace) -> Any:
         "--calib-table": options.calib_table,
         "--int8-keep": options.int8_keep,
         "--int8-report": options.int8_report,
+        "--int8-labels": options.int8_labels,
     }
     unused = [name for name, value in given.items() if value is not None]
     if unused and options.precision != "int8":
@@ -477,6 +479,7 @@ def _int8_options(options: argparse.Namespace) -> Any:
         keep=tuple(options.int8_keep or ()),
         table=options.calib_table,
         report=options.int8_report,
+        labels=options.int8_labels,
     )
 
 

@@ -37,6 +37,7 @@ class Int8Options:
             ``("none",)`` keeps none. Empty is ``auto``, or ``none`` where the scales are read from `table`.
         table: A file of scales: read where it exists, else written; None uses the user's cache.
         report: Folder for a report on each layer's sensitivity; None makes none.
+        labels: Labelled pictures (YOLO data.yaml or COCO json), for mAP in the report; None leaves it out.
     """
 
     calib: Path | None = None
@@ -44,6 +45,7 @@ class Int8Options:
     keep: tuple[str, ...] = ()
     table: Path | None = None
     report: Path | None = None
+    labels: Path | None = None
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -55,3 +57,5 @@ class Int8Options:
             raise InputError(f"calibration method {self.method!r} is not known: choose one of {', '.join(METHODS)}")
         if {AUTO_KEEP, NO_KEEP} & set(self.keep) and len(self.keep) > 1:
             raise InputError("--int8-keep takes auto, none or names of layers: not several of them")
+        if self.labels is not None and self.report is None:
+            raise InputError("--int8-labels is for the report on INT8: add --int8-report or leave it out")

@@ -14,8 +14,8 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,8 @@ from yolotrt.calibration.table import ScaleTable
 from yolotrt.engines.base import CompleteOptions
 from yolotrt.engines.definition import BuildHooks, build_plan
 from yolotrt.errors import OutputError
+from yolotrt.evaluation.dataset import read_dataset
+from yolotrt.evaluation.run import require_packages
 from yolotrt.files import atomic_write_text
 from yolotrt.network import recorder
 from yolotrt.network.builder import INPUT_NAME
@@ -48,6 +50,9 @@ TARGET_DB = 30.0
 
 NEGLIGIBLE_DB = 15.0
 """A layer that is so much better than `TARGET_DB` is not worth keeping."""
+
+EVALUATED_LAYERS = 3
+"""So many of the worst layers are evaluated alone where labels are given: an evaluation takes much longer."""
 
 MAX_KEPT = 10
 """``auto`` stops there: with more, an fp16 engine is the better choice."""
@@ -74,11 +79,14 @@ class Analysis:
         layers: All convolutions that can be INT8, the most harmful first.
         snr_db: Of the whole INT8 network, without and with the kept layers.
         keep: Layers to keep in high precision.
+        precisions: mAP50-95 where labels are given, 0..1: of the float network, the whole INT8 network, the one with
+            the kept layers, and the worst layers alone, by what it is.
     """
 
     layers: tuple[LayerNoise, ...]
     snr_db: tuple[float, float]
     keep: tuple[str, ...]
+    precisions: Mapping[str, float] = field(default_factory=dict)
 
 
 class Heads:
@@ -126,11 +134,15 @@ def analyse(
         placement: The library's.
 
     Raises:
-        InputError: if there are too few pictures.
+        InputError: if there are too few pictures, or the labels cannot be used.
+        BackendUnavailableError: if labels are given and a package for the evaluation is missing.
         OutputError: if the report cannot be written.
     """
     if options.report is not None:
         _require_folder(options.report)
+    if options.labels is not None:
+        require_packages()
+        read_dataset(options.labels, weights.metadata.names)
     is_auto = options.keep == (AUTO_KEEP,)
     feed = PictureFeed.find(options.calib, imgsz)
     cached = scales_folder() / f"{_key(table, feed, placement)}.keep.json"
@@ -148,7 +160,8 @@ def analyse(
     else:
         keep = () if options.keep == (NO_KEEP,) else options.keep
     after = heads.snr_db(Quantization(table.scales, keep), placement) if keep else before
-    analysis = Analysis(tuple(layers), (before, after), keep)
+    precisions = _precisions(weights, imgsz, table, options.labels, placement, layers, keep) if options.labels else {}
+    analysis = Analysis(tuple(layers), (before, after), keep, precisions)
     if options.report is not None:
         write_report(analysis, options.report)
     return analysis
@@ -196,13 +209,7 @@ def _measure_layers(
     """Each convolution alone in INT8, the most harmful first."""
     from tqdm import tqdm
 
-    alone = replace(
-        placement,
-        reads=frozenset({CONVOLUTION}),
-        writes=placement.writes & {CONVOLUTION, SIGMOID, ACTIVATION},
-    )
-    scales = table.scales
-    convolutions = [layer for layer in record(weights, imgsz).layers if isinstance(layer, recorder.ConvolutionLayer)]
+    convolutions = _convolutions(weights, imgsz)
     able = [
         layer
         for layer in convolutions
@@ -210,12 +217,57 @@ def _measure_layers(
     ]
     found = []
     for layer in tqdm(able, desc="measuring layers", unit="layer", disable=None, file=sys.stderr, leave=False):
-        own = {name: scales[name] for name in (layer.inputs[0].name, layer.output.name)}
-        others = tuple(
-            other.name for other in convolutions if other is not layer and not other.output.is_network_output
-        )
-        found.append(LayerNoise(layer.name, heads.snr_db(Quantization(own, others), alone)))
+        alone = _alone(layer, convolutions, table)
+        found.append(LayerNoise(layer.name, heads.snr_db(alone, _for_one_layer(placement))))
     return sorted(found, key=lambda row: row.snr_db)
+
+
+def _convolutions(weights: Weights, imgsz: tuple[int, int]) -> list[recorder.ConvolutionLayer]:
+    return [layer for layer in record(weights, imgsz).layers if isinstance(layer, recorder.ConvolutionLayer)]
+
+
+def _alone(
+    layer: recorder.ConvolutionLayer, convolutions: Sequence[recorder.ConvolutionLayer], table: ScaleTable
+) -> Quantization:
+    """What makes one convolution INT8 and no other."""
+    scales = table.scales
+    own = {name: scales[name] for name in (layer.inputs[0].name, layer.output.name)}
+    others = tuple(other.name for other in convolutions if other is not layer and not other.output.is_network_output)
+    return Quantization(own, others)
+
+
+def _for_one_layer(placement: Placement) -> Placement:
+    """The placement for a convolution alone."""
+    return replace(
+        placement, reads=frozenset({CONVOLUTION}), writes=placement.writes & {CONVOLUTION, SIGMOID, ACTIVATION}
+    )
+
+
+def _precisions(
+    weights: Weights,
+    imgsz: tuple[int, int],
+    table: ScaleTable,
+    labels: Path,
+    placement: Placement,
+    layers: Sequence[LayerNoise],
+    keep: tuple[str, ...],
+) -> dict[str, float]:
+    """See `Analysis.precisions`."""
+    from yolotrt.calibration.accuracy import Accuracy
+
+    accuracy = Accuracy(weights, imgsz, labels)
+    found = {
+        "floating point": accuracy.of_float(),
+        "whole network in INT8": accuracy.of_int8(Quantization(table.scales), placement),
+    }
+    if keep:
+        found["with the kept layers in high precision"] = accuracy.of_int8(Quantization(table.scales, keep), placement)
+    convolutions = _convolutions(weights, imgsz)
+    by_name = {layer.name: layer for layer in convolutions}
+    for row in layers[:EVALUATED_LAYERS]:
+        alone = _alone(by_name[row.name], convolutions, table)
+        found[f"{row.name} alone in INT8"] = accuracy.of_int8(alone, _for_one_layer(placement))
+    return found
 
 
 def _choose(
@@ -276,12 +328,21 @@ def _markdown(analysis: Analysis) -> str:
             f"- with the kept layers in high precision: {after:.1f} dB",
             f"- kept: {kept}",
             "",
+            *_precision_lines(analysis.precisions),
             "| layer | dB | |",
             "| --- | --- | --- |",
             *rows,
             "",
         ]
     )
+
+
+def _precision_lines(precisions: Mapping[str, float]) -> list[str]:
+    """A table of mAP50-95, where it was measured."""
+    if not precisions:
+        return []
+    rows = [f"| {name} | {value:.4f} |" for name, value in precisions.items()]
+    return ["| network | mAP50-95 |", "| --- | --- |", *rows, ""]
 
 
 def _plot(analysis: Analysis, path: Path) -> None:
