@@ -14,11 +14,13 @@ import pytest
 from yolotrt import BuildOptions, build_engine
 from yolotrt.calibration import sensitivity
 from yolotrt.calibration.calibrate import find_table
-from yolotrt.calibration.options import Int8Options
-from yolotrt.calibration.sensitivity import TARGET_DB, analyse
+from yolotrt.calibration.options import AUTO_METHODS, Int8Options
+from yolotrt.calibration.prepare import prepare
+from yolotrt.calibration.sensitivity import TARGET_DB, Heads, analyse
 from yolotrt.calibration.table import ScaleTable
-from yolotrt.errors import OutputError
-from yolotrt.network.quantize import ONNX_RUNTIME, TENSORRT, Placement
+from yolotrt.engines.base import CompleteOptions
+from yolotrt.errors import InputError, OutputError
+from yolotrt.network.quantize import ONNX_RUNTIME, TENSORRT, Placement, Quantization
 from yolotrt.weights import Weights
 
 SIZE = (64, 64)
@@ -140,3 +142,75 @@ def _checksum(weights: Weights) -> str:
 
 def test_the_target_is_a_thousandth_of_the_power():
     assert pytest.approx(1e-3) == 10 ** (-TARGET_DB / 10)
+
+
+def test_errors_count_by_the_objectness_of_their_cell(tiny_weights, table, monkeypatch):
+    picture = np.random.default_rng(2).random((1, 3, *SIZE), np.float32)
+    heads = Heads(tiny_weights, SIZE, [picture])
+    real, weight = heads._reference[0][0], heads._objectness[0][0]
+    quantization = Quantization(table.scales)
+    noise = []
+    for cell in np.argmin(weight), np.argmax(weight):
+        found = [[head.copy() for head in level] for level in heads._reference]
+        found[0][0].flat[cell] += 1
+        monkeypatch.setattr(heads, "_compute", lambda *_, found=found: found)
+        noise.append(10 ** (-heads.snr_db(quantization, ONNX_RUNTIME) / 10))
+    assert real.shape == weight.shape
+    assert noise[0] / noise[1] == pytest.approx(weight.min() / weight.max(), rel=1e-3)  # float32 sums
+
+
+def test_auto_takes_the_method_with_the_least_error(tiny_weights, options, monkeypatch, tmp_path):
+    complete = CompleteOptions("int8", SIZE, (1, 1, 1))
+    int8 = replace(options, method="auto", keep=("none",), table=tmp_path / "scales.json")
+    good = {
+        method: find_table(tiny_weights, "1" * 64, SIZE, replace(options, method=method)) for method in AUTO_METHODS
+    }
+    for bad, expected in (("mse", "objects"), ("objects", "mse")):
+        tables = {**good, bad: replace(good[bad], table=spoiled(good[bad].table, "model.2.act"))}
+
+        def find(*arguments, tables=tables):
+            return tables[arguments[3].method]
+
+        monkeypatch.setattr("yolotrt.calibration.prepare.find_table", find)
+        int8.table.unlink(missing_ok=True)
+        notes = prepare(tiny_weights, "1" * 64, complete, int8, "onnxruntime").notes
+        assert notes["method"] == ScaleTable.load(int8.table).source.method == expected
+        assert notes["scales"].endswith(f"written to {int8.table}")
+
+
+def test_labels_add_precisions_to_the_report(tiny_weights, table, options, tmp_path):
+    pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed")
+    labels = tmp_path / "labels.json"
+    names = tiny_weights.metadata.names
+    pictures = sorted(options.calib.iterdir())[:2]
+    content = {
+        "images": [
+            {"id": index, "file_name": path.name, "width": 60, "height": 40} for index, path in enumerate(pictures)
+        ],
+        "categories": [{"id": index, "name": name} for index, name in enumerate(names)],
+        "annotations": [
+            {"id": 1 + index, "image_id": index, "category_id": 0, "bbox": [5, 5, 20, 20], "area": 400, "iscrowd": 0}
+            for index in range(2)
+        ],
+    }
+    labels.write_text(json.dumps(content))
+    (tmp_path / "images").symlink_to(options.calib)
+    wanted = replace(options, keep=("model.1",), report=tmp_path / "report", labels=labels)
+    analysis = analyse(tiny_weights, SIZE, table, wanted, ONNX_RUNTIME)
+    worst = [f"{row.name} alone in INT8" for row in analysis.layers[:3]]
+    whole = ["floating point", "whole network in INT8", "with the kept layers in high precision"]
+    assert list(analysis.precisions) == [*whole, *worst]
+    text = (tmp_path / "report" / "report.md").read_text()
+    for name, value in analysis.precisions.items():
+        assert 0 <= value <= 1
+        assert f"| {name} | {value:.4f} |" in text
+
+
+def test_labels_without_a_report_or_that_are_no_data_are_refused_before_the_work(
+    tiny_weights, table, options, tmp_path
+):
+    with pytest.raises(InputError, match="--int8-labels is for the report on INT8: add --int8-report"):
+        replace(options, labels=tmp_path / "data.yaml")
+    wanted = replace(options, report=tmp_path / "report", labels=tmp_path / "missing.json")
+    with pytest.raises(InputError, match=r"missing\.json"):
+        analyse(tiny_weights, SIZE, table, wanted, ONNX_RUNTIME)
