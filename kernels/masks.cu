@@ -1,11 +1,15 @@
 // Masks of segmentation models: from the detections that NMS kept to bits of the picture's size.
 //
-// Two launches, no host synchronisation, no atomics, every value written: legal in a CUDA graph.
+// No host synchronisation, no atomics, no dependence on the order of blocks: legal in a CUDA graph.
 //
-//   mask_cells   one thread a cell of the prototypes' grid: the sigmoid of the prototypes weighed by the detection's
-//                coefficients times its objectness, where the cell's left upper corner is in the box, else 0
+//   mask_crops   one block a picture: the part of the prototypes' grid that each detection's box covers, with a row or
+//                column of zeros around it where the grid goes on, and where its values lie: one detection's behind the
+//                other's, so that a few megabytes hold the masks of hundreds of detections.
+//                Grid: x = pictures; block 256.
+//   mask_cells   one thread a cell of a crop: the sigmoid of the prototypes weighed by the detection's coefficients
+//                times its objectness, where the cell's left upper corner is in the box, else 0
 //                (YOLOv5 utils/general.py, non_max_suppression; utils/segment/general.py, process_mask, crop_mask).
-//                Grid: x = cells / 256, y = detections, z = pictures; block 256.
+//                Grid: x = cells of the whole grid / 256, y = detections, z = pictures; block 256.
 //   mask_bits    one thread 32 pixels of a row: interpolates linearly between the cells, at the centres of the
 //                picture's pixels, and sets the bits of those above 0.5. A launch for each picture, since sizes differ.
 //                Grid: x = words of a row / 32, y = rows / 8, z = detections; block 32 x 8.
@@ -13,18 +17,21 @@
 // Levels:  a table of {head's address, height, width}, finest first as in yololayer.cu.
 // Heads:   [pictures, ANCHORS * (5 + NC + MASKS), height, width], prototypes [pictures, MASKS, grid height, grid width];
 //          float32 or half.
-// Kept:    what nms.cu gives with KEPT_ROWS: counts, boxes (6 values, network-input pixels), rows.
-// Cells:   float32 [pictures, max_detections, grid height, grid width]; those of detections that are not there stay.
+// Rows:    what yololayer.cu gives with FULL_ROWS 0, and kept_rows what nms.cu makes of it with KEPT_ROWS.
+// Crops:   [pictures, max_detections] of {offset, top, left, height, width}, an offset of -1 where there is no detection
+//          or no room. Those of detections are written a second time for the host, which may have page-locked memory.
+// Cells:   float32 [pictures, capacity], only written, each once: page-locked memory of the host serves as well.
 // Bits:    [max_detections, height, words] of 32 pixels, the leftmost in the lowest bit, zero beyond the right edge.
-// Cost:    640 x 640, 32 prototypes: a detection reads at most 3.3 MB from the L2 cache and writes 0.1 MB; its bits for
-//          a 1080 x 1920 picture are 0.26 MB.
+// Cost:    640 x 640, 32 prototypes: a detection reads at most 3.3 MB from the L2 cache and writes 0.1 MB, both in
+//          proportion to its box; its bits for a 1080 x 1920 picture are 0.26 MB.
 //
 // Macros: ANCHORS a level, NC, MASKS, HALF_HEADS.
 
 #define BOX_VALUES 5
 #define VALUES (BOX_VALUES + NC + MASKS)
-#define DETECTION_VALUES 6
+#define ROW_VALUES 6
 #define CELLS 256
+#define CROPS 256
 #define WORD 32
 #define THRESHOLD 0.5f
 
@@ -75,33 +82,89 @@ __device__ __forceinline__ float raw_value(const Level* levels, int picture, int
     return load(levels[level].head + (anchor * VALUES + channel) * plane + row % plane);
 }
 
+struct Crop {
+    int offset, top, left, height, width;
+};
+
+// The first cell at or after a place, as a cell or as the end of some.
+__device__ __forceinline__ int first_cell(float place, int cell_count)
+{
+    return (int)fminf(fmaxf(ceilf(place), 0.0f), (float)cell_count);
+}
+
+__device__ __forceinline__ Crop crop_of(const float* box, int grid_height, int grid_width, float scale_x, float scale_y)
+{
+    const int left = first_cell(box[0] * scale_x, grid_width), right = first_cell(box[2] * scale_x, grid_width);
+    const int top = first_cell(box[1] * scale_y, grid_height), bottom = first_cell(box[3] * scale_y, grid_height);
+    if (left >= right || top >= bottom) return Crop{-1, 0, 0, 0, 0};
+    const int first_row = max(top - 1, 0), first_column = max(left - 1, 0);
+    return Crop{-1, first_row, first_column, min(bottom + 1, grid_height) - first_row,
+                min(right + 1, grid_width) - first_column};
+}
+
+extern "C" __global__ void __launch_bounds__(CROPS)
+mask_crops(const float* __restrict__ rows, int row_count, const int* __restrict__ kept_rows, int max_detections,
+           int grid_height, int grid_width, float scale_x, float scale_y, int capacity, Crop* __restrict__ crops,
+           Crop* __restrict__ host_crops)
+{
+    __shared__ long long sums[CROPS];
+    const int thread = threadIdx.x;
+    const long long first_slot = (long long)blockIdx.x * max_detections;
+    const float* picture = rows + (long long)blockIdx.x * row_count * ROW_VALUES;
+    long long before = 0;  // cells of all detections of earlier rounds, whether there is room for them or not
+    for (int first = 0; first < max_detections; first += CROPS) {
+        const int detection = first + thread;
+        const int row = detection < max_detections ? kept_rows[first_slot + detection] : -1;
+        Crop crop = {-1, 0, 0, 0, 0};
+        if (row >= 0) crop = crop_of(picture + (long long)row * ROW_VALUES, grid_height, grid_width, scale_x, scale_y);
+        const long long size = (long long)crop.height * crop.width;
+        sums[thread] = size;
+        __syncthreads();
+        for (int distance = 1; distance < CROPS; distance *= 2) {
+            const long long other = thread >= distance ? sums[thread - distance] : 0;
+            __syncthreads();
+            sums[thread] += other;
+            __syncthreads();
+        }
+        const long long end = before + sums[thread];
+        if (row >= 0 && end <= capacity) crop.offset = (int)(end - size);
+        if (detection < max_detections) crops[first_slot + detection] = crop;
+        if (row >= 0) host_crops[first_slot + detection] = crop;
+        before += sums[CROPS - 1];
+        __syncthreads();  // before the next round overwrites the sums
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(CELLS)
 mask_cells(const Level* __restrict__ levels, const Head* __restrict__ prototypes, int grid_height, int grid_width,
-           float scale_x, float scale_y, const int* __restrict__ counts, const float* __restrict__ detections,
-           const int* __restrict__ rows, float* __restrict__ cells)
+           float scale_x, float scale_y, const float* __restrict__ rows, int row_count,
+           const int* __restrict__ kept_rows, const Crop* __restrict__ crops, int capacity, float* __restrict__ cells)
 {
     __shared__ float weights[MASKS];
-    const int picture = blockIdx.z, detection = blockIdx.y, max_detections = gridDim.y;
-    if (detection >= counts[picture]) return;  // the whole block
-    const long long slot = (long long)picture * max_detections + detection;
-    const int row = rows[slot];
+    const int picture = blockIdx.z;
+    const long long slot = (long long)picture * gridDim.y + blockIdx.y;
+    const Crop crop = crops[slot];
+    const int first = blockIdx.x * CELLS, size = crop.height * crop.width;
+    if (crop.offset < 0 || first >= size) return;  // the whole block
+    const int row = kept_rows[slot];
     for (int i = threadIdx.x; i < MASKS; i += CELLS)
         weights[i] = raw_value(levels, picture, row, BOX_VALUES + NC + i) *
                      sigmoid(raw_value(levels, picture, row, BOX_VALUES - 1));
     __syncthreads();
 
-    const int grid = grid_height * grid_width, cell = blockIdx.x * CELLS + threadIdx.x;
-    if (cell >= grid) return;
-    const float* box = detections + slot * DETECTION_VALUES;
-    const float x = (float)(cell % grid_width), y = (float)(cell / grid_width);
+    const int cell = first + threadIdx.x;
+    if (cell >= size) return;
+    const float* box = rows + ((long long)picture * row_count + row) * ROW_VALUES;
+    const int grid = grid_height * grid_width, y = crop.top + cell / crop.width, x = crop.left + cell % crop.width;
     float value = 0.0f;
-    if (x >= box[0] * scale_x && x < box[2] * scale_x && y >= box[1] * scale_y && y < box[3] * scale_y) {
-        const Head* prototype = prototypes + (long long)picture * MASKS * grid + cell;
+    if ((float)x >= box[0] * scale_x && (float)x < box[2] * scale_x && (float)y >= box[1] * scale_y &&
+        (float)y < box[3] * scale_y) {
+        const Head* prototype = prototypes + (long long)picture * MASKS * grid + y * grid_width + x;
         float sum = 0.0f;
         for (int i = 0; i < MASKS; ++i) sum += weights[i] * load(prototype + (long long)i * grid);
         value = sigmoid(sum);
     }
-    cells[slot * grid + cell] = value;
+    cells[(long long)picture * capacity + crop.offset + cell] = value;
 }
 
 // Where a pixel lies between two cells: the first of them and the second's share. Beyond the border is the border.
@@ -117,23 +180,29 @@ __device__ __forceinline__ Place locate(int pixel, float step, float offset, int
     return Place{first, min(first + 1, cell_count - 1), place - (float)first};
 }
 
-extern "C" __global__ void mask_bits(const float* __restrict__ cells, const int* __restrict__ count, int grid_height,
+// A cell's value; outside of the crop it is 0.
+__device__ __forceinline__ float value_at(const float* cells, const Crop& crop, int row, int column)
+{
+    const int y = row - crop.top, x = column - crop.left;
+    return y >= 0 && y < crop.height && x >= 0 && x < crop.width ? cells[crop.offset + y * crop.width + x] : 0.0f;
+}
+
+extern "C" __global__ void mask_bits(const float* __restrict__ cells, const Crop* __restrict__ crops, int grid_height,
                                      int grid_width, float step_x, float offset_x, float step_y, float offset_y,
                                      int height, int width, unsigned* __restrict__ bits)
 {
     const int words = (width + WORD - 1) / WORD;
     const int word = blockIdx.x * blockDim.x + threadIdx.x, row = blockIdx.y * blockDim.y + threadIdx.y;
-    const int detection = blockIdx.z;
-    if (detection >= *count || word >= words || row >= height) return;
+    const Crop crop = crops[blockIdx.z];
+    if (crop.offset < 0 || word >= words || row >= height) return;
     const Place y = locate(row, step_y, offset_y, grid_height);
-    const float* grid = cells + (long long)detection * grid_height * grid_width;
-    const float *upper = grid + (long long)y.first * grid_width, *lower = grid + (long long)y.second * grid_width;
     unsigned mask = 0;
     for (int bit = 0; bit < WORD && word * WORD + bit < width; ++bit) {
         const Place x = locate(word * WORD + bit, step_x, offset_x, grid_width);
-        const float above = upper[x.first] + (upper[x.second] - upper[x.first]) * x.share;
-        const float below = lower[x.first] + (lower[x.second] - lower[x.first]) * x.share;
+        const float upper = value_at(cells, crop, y.first, x.first), lower = value_at(cells, crop, y.second, x.first);
+        const float above = upper + (value_at(cells, crop, y.first, x.second) - upper) * x.share;
+        const float below = lower + (value_at(cells, crop, y.second, x.second) - lower) * x.share;
         if (above + (below - above) * y.share > THRESHOLD) mask |= 1u << bit;
     }
-    bits[((long long)detection * height + row) * words + word] = mask;
+    bits[((long long)blockIdx.z * height + row) * words + word] = mask;
 }

@@ -48,11 +48,9 @@ def install_session(monkeypatch: pytest.MonkeyPatch, opened: list[Any]) -> None:
     """Take a runtime that notes (library, engine) in `opened` and gives the word ``session``."""
     module: Any = ModuleType("yolotrt.engines.gpu_session")
 
-    class GpuSession:
-        @staticmethod
-        def open(library: Any, engine: Any) -> str:
-            opened.append((library, engine))
-            return "session"
+    def open_gpu_session(library: Any, engine: Any) -> str:
+        opened.append((library, engine))
+        return "session"
 
-    module.GpuSession = GpuSession
+    module.open_gpu_session = open_gpu_session
     monkeypatch.setitem(sys.modules, module.__name__, module)

@@ -158,7 +158,13 @@ class HostGpuDevice(GpuDevice):
         self._handles = itertools.count(1000)
         self._graveyard: list[np.ndarray] = []
         self._thread = threading.local()
-        self._checks = {"upload": self._check_upload, "copy": self._check_copy, "nms_select": self._check_select}
+        self._checks = {
+            "upload": self._check_upload,
+            "copy": self._check_copy,
+            "nms_select": self._check_select,
+            "mask_crops": self._check_crops,
+            "mask_cells": self._check_cells,
+        }
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
@@ -339,15 +345,37 @@ class HostGpuDevice(GpuDevice):
             self._require(self.device_memory, int(plan["pixels"]), count * row_bytes)
 
     def _check_copy(self, source: int, units: int, target: int) -> None:
-        self._require(self.page_locked_memory, source, 16 * units)
-        self._require(self.device_memory, target, 16 * units)
+        """One end is the host's, the other the device's."""
+        to_device = self._holds(self.device_memory, target, 16 * units)
+        self._require(self.page_locked_memory if to_device else self.device_memory, source, 16 * units)
+        self._require(self.device_memory if to_device else self.page_locked_memory, target, 16 * units)
         assert source % 16 == target % 16 == 0
 
     def _check_select(self, *arguments: int) -> None:
-        """The result goes straight to the host."""
-        most, counts, boxes = arguments[-3:]
+        """The result goes straight to the host; kept rows stay."""
+        (most, counts, boxes), kept_rows = arguments[9:12], arguments[12:]
         self._require(self.page_locked_memory, counts, 4)
         self._require(self.page_locked_memory, boxes, 4 * BEST_VALUES * most)
+        for address in kept_rows:
+            self._require(self.device_memory, address, 4 * most)
+
+    def _check_crops(self, *arguments: int) -> None:
+        """Whatever the kernel reads is in device memory; what it writes for the host is the host's."""
+        (rows, _, kept_rows, most), (crops, host_crops) = arguments[:4], arguments[-2:]
+        for memory, address, size in (
+            (self.device_memory, rows, 4 * BEST_VALUES),
+            (self.device_memory, kept_rows, 4 * most),
+            (self.device_memory, crops, 20 * most),
+            (self.page_locked_memory, host_crops, 20 * most),
+        ):
+            self._require(memory, address, size)
+
+    def _check_cells(self, *arguments: int) -> None:
+        """As `_check_crops`."""
+        (levels, prototypes), (rows, _, kept_rows, crops, capacity, cells) = arguments[:2], arguments[-6:]
+        for address in (levels, prototypes, rows, kept_rows, crops):
+            self._require(self.device_memory, address, 4)
+        self._require(self.page_locked_memory, cells, 4 * capacity)
 
     @classmethod
     def _require(cls, memory: dict[int, int], address: int, size: int) -> None:

@@ -22,7 +22,7 @@ from yolotrt.errors import (
     OutputError,
     WeightsError,
 )
-from yolotrt.preprocess import LETTERBOX_RULE, input_rule
+from yolotrt.preprocess import LETTERBOX_RULE
 from yolotrt.weights import Weights, save_weights
 
 
@@ -229,14 +229,17 @@ def test_an_engine_that_this_version_would_decode_wrongly_is_refused(tiny_engine
         open_session(engine)
 
 
-def test_segmentation_and_classification_run_on_the_cpu_only(tiny_segment_engine, tiny_classifier_engine):
-    for engine, task in ((tiny_segment_engine, "segment"), (tiny_classifier_engine, "classify")):
-        assert engine.header.letterbox == input_rule(task)
-        header = replace(engine.header, backend="tensorrt", yololayer="kernel")
-        with pytest.raises(
-            BackendUnavailableError, match=f"is for the task {task}, which this version runs on the CPU"
-        ):
-            open_session(replace(engine, header=header))
+def test_a_segmentation_engine_with_outputs_of_two_types_or_a_plugin_is_refused(tiny_segment_engine):
+    old = tiny_segment_engine.header
+    half = replace(old.outputs[-1], dtype="float16")
+    rows = TensorInfo("rows", "float32", (-1, 240, 6))
+    for changes in (
+        {"yololayer": "kernel", "outputs": (*old.outputs[:-1], half)},
+        {"yololayer": "plugin", "outputs": (rows,)},
+    ):
+        header = replace(old, backend="tensorrt", **changes)
+        with pytest.raises(EngineFileError, match="gives something else than the outputs of a YOLOv5 model"):
+            open_session(replace(tiny_segment_engine, header=header))
 
 
 @pytest.mark.parametrize("threads", [0, -1, "2"])

@@ -5,20 +5,23 @@ from __future__ import annotations
 import functools
 import gc
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from tests.engines.host_gpu import FREED, FakeTensorRt, HostGpuDevice, HostGpuError, bytes_at, gpu_engine
+from tests.kernels.comparisons import crops_error
+from tests.reference import all_weights
 from yolotrt import BuildOptions, build_engine
-from yolotrt.cuda.kernels import NmsLayout
+from yolotrt.cuda.kernels import MaskLayout, NmsLayout
 from yolotrt.engines import gpu_session
 from yolotrt.engines.base import Session
 from yolotrt.engines.build import open_session
 from yolotrt.engines.file import EngineFile
 from yolotrt.engines.gpu_session import GpuSession
+from yolotrt.engines.host import HostDecoder
 from yolotrt.engines.onnx import OnnxRuntimeSession
 from yolotrt.errors import ImageError, InferenceError, InputError
 from yolotrt.media.images import read_image
@@ -186,6 +189,149 @@ def test_kernels_compute_the_boxes_of_the_golden_pictures(golden, yolov5n_engine
         assert_same([session.detect([pixels], NmsOptions())[0] for pixels in pictures], wanted)
 
 
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+MASK_TOLERANCE = 1e-4
+"""Of values in 0..1, besides expf and the order of sums: half prototypes of another batch size round otherwise."""
+
+
+def assert_same_masks(actual: Sequence[Boxes], wanted: Sequence[Boxes], tolerance: float = MASK_TOLERANCE) -> None:
+    """Same boxes and masks, which lie where the others do to the cell."""
+    assert_same(actual, wanted)
+    assert sum(map(len, wanted)) > 0
+    for one, other in zip(actual, wanted, strict=True):
+        assert one.coefficients is None
+        assert crops_error(one.masks, other.masks) <= tolerance
+
+
+@pytest.mark.parametrize("version", ["8.6.0", "11.4.0.106"])
+@pytest.mark.parametrize("types_", [{}, {"half_input": True, "half_heads": True}], ids=["fp32", "fp16"])
+def test_masks_are_those_of_the_cpu(tiny_segment_engine, device, version, types_):
+    trt = FakeTensorRt(device, version)
+    frames = [frame(seed) for seed in range(len(SIZES))]
+    reference = RoundingSession(tiny_segment_engine, **types_)
+    with (
+        reference,
+        GpuSession.open(trt, gpu_engine(tiny_segment_engine, version=version, **types_), device) as session,
+    ):
+        wanted = [reference.detect([pixels], OPTIONS)[0] for pixels in frames]
+        assert_same_masks([session.detect([pixels], OPTIONS)[0] for pixels in frames], wanted)
+        for seed in (0, 2, 4):  # enqueued, and as a graph
+            assert_same_masks(session.detect(frames[seed : seed + 2], OPTIONS), wanted[seed : seed + 2])
+    assert not trt.violations
+
+
+def test_a_static_batch_of_masks_is_filled_up(tiny_segment_engine, trt, device):
+    weights = all_weights(tiny_segment_engine.header.model)
+    engine = build_engine(weights, backend="onnxruntime", options=BuildOptions(min_batch=3, max_batch=3))
+    wanted = expected(engine, [frame(seed) for seed in range(5)])
+    with GpuSession.open(trt, gpu_engine(engine), device) as session:
+        for chosen in ((0, 1, 2), (3,), (4, 0)):
+            assert_same_masks(session.detect([frame(i) for i in chosen], OPTIONS), [wanted[i] for i in chosen])
+
+
+def test_masks_follow_the_options(tiny_segment_engine, trt, device):
+    with GpuSession.open(trt, gpu_engine(tiny_segment_engine), device) as session:
+        for options in (
+            OPTIONS,
+            NmsOptions(confidence=0.3, max_detections=3),
+            NmsOptions(confidence=0.3, classes=(1,)),
+            NmsOptions(confidence=0.2, agnostic=True, max_detections=500),
+            NmsOptions(confidence=0.3, multi_label=True),
+            OPTIONS,
+        ):
+            wanted = expected(tiny_segment_engine, [frame(0)], options)
+            for _ in range(2):
+                assert_same_masks(session.detect([frame(0)], options), wanted)
+        assert not session.detect([frame(0)], NmsOptions(confidence=1.0))[0].masks
+
+
+def test_masks_of_several_batches_under_way_are_their_own(tiny_segment_engine, trt, device):
+    wanted = expected(tiny_segment_engine, [frame(seed) for seed in range(6)])
+    with GpuSession.open(trt, gpu_engine(tiny_segment_engine), device) as session:
+        for _ in range(2):
+            pending = [session.submit([frame(seed)], OPTIONS) for seed in range(6)]
+            results = [one.result()[0] for one in reversed(pending)]
+            assert_same_masks(results, wanted[::-1])
+            session.detect([frame(7)], OPTIONS)  # what was given stays as it is
+            assert_same_masks(results, wanted[::-1])
+        assert len(session._lanes) == gpu_session.LANES
+
+
+def test_masks_that_have_no_room_are_computed_by_the_host(tiny_segment_engine, trt, device, monkeypatch):
+    monkeypatch.setattr(gpu_session, "MaskLayout", functools.partial(MaskLayout, whole_grids=1))
+    decoded = []
+    monkeypatch.setattr(HostDecoder, "boxes", noting(decoded, HostDecoder.boxes))
+    few, frames = NmsOptions(confidence=0.3, max_detections=1), [frame(0), frame(1)]
+    wanted = {options: expected(tiny_segment_engine, frames, options) for options in (OPTIONS, few)}
+    decoded.clear()
+    with GpuSession.open(trt, gpu_engine(tiny_segment_engine), device) as session:
+        assert_same_masks(session.detect(frames, few), wanted[few])
+        assert not decoded
+        for _ in range(2):
+            assert_same_masks(session.detect(frames, OPTIONS), wanted[OPTIONS])
+        assert len(decoded) == 2
+
+
+def noting(calls: list[object], method: Callable[..., object]) -> Callable[..., object]:
+    """The method, which notes each call."""
+
+    def noted(*arguments: object) -> object:
+        calls.append(arguments)
+        return method(*arguments)
+
+    return noted
+
+
+def test_masks_need_no_copy_command_of_the_driver(tiny_segment_engine, trt, device):
+    wanted = expected(tiny_segment_engine, [frame(0), frame(1)])
+    with GpuSession.open(trt, gpu_engine(tiny_segment_engine), device) as session:
+        session.detect([frame(2)], OPTIONS)  # tells the GPU once where the heads are
+        device.failing["upload"] = device.failing["download"] = HostGpuError("a copy command")
+        for _ in range(3):
+            assert_same_masks(session.detect([frame(0), frame(1)], OPTIONS), wanted)
+        assert device.calls["capture"] == 2
+
+
+def test_masks_that_need_too_much_memory_leave_the_options_before_usable(tiny_segment_engine, trt, device):
+    wanted = expected(tiny_segment_engine, [frame(0)])
+    with GpuSession.open(trt, gpu_engine(tiny_segment_engine), device) as session:
+        for _ in range(2):
+            assert_same_masks(session.detect([frame(0)], OPTIONS), wanted)
+        for method in ("allocate", "page_locked"):
+            device.failing[method] = HostGpuError("Out of memory")
+            with pytest.raises(InferenceError, match="the GPU's memory does not suffice"):
+                session.detect([frame(0)], NmsOptions(max_detections=1000))
+            gc.collect()
+            assert_same_masks(session.detect([frame(0)], OPTIONS), wanted)
+            del device.failing[method]
+
+
+def test_raw_outputs_of_segmentation_are_those_of_the_cpu(tiny_segment_engine, trt, device):
+    images = np.random.default_rng(0).random((2, 3, 64, 64), np.float32)
+    with (
+        open_session(tiny_segment_engine) as reference,
+        GpuSession.open(trt, gpu_engine(tiny_segment_engine), device) as session,
+    ):
+        for one, other in zip(session.run(images), reference.run(images), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_masks_are_a_stage_of_their_own(tiny_segment_engine, trt, device):
+    with GpuSession.open(trt, gpu_engine(tiny_segment_engine), device) as session:
+        times = session.profile([frame(0)], OPTIONS, repeats=2)
+    assert list(times) == ["upload", "letterbox", "engine", "yololayer", "nms", "masks", "whole"]
+
+
+def test_kernels_compute_the_masks_of_a_golden_picture(golden, trt, device):
+    engine = build_engine(golden / "weights" / "derived_seg_nc80.pt", backend="onnxruntime")
+    pixels = read_image(golden / "images" / "zidane.jpg")
+    wanted = expected(engine, [pixels], NmsOptions())
+    assert len(wanted[0]) == 5
+    with GpuSession.open(trt, gpu_engine(engine), device) as session:
+        assert_same_masks(session.detect([pixels], NmsOptions()), wanted)
+
+
 # --- batches and frames ----------------------------------------------------------------------------------------------
 
 
@@ -216,7 +362,7 @@ def test_a_static_batch_is_filled_up_without_stale_pictures(tiny_engine, static_
 def input_of(session: GpuSession, device: HostGpuDevice) -> np.ndarray:
     """What the network of the first lane has read."""
     info = session.header.inputs[0]
-    memory = session._lanes[0]._tensors[info.name]
+    memory = session._lanes[0]._run.tensors[info.name]
     return bytes_at(memory.address, memory.size).view(info.dtype).reshape(-1, *info.shape[1:])
 
 

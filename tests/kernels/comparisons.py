@@ -22,7 +22,16 @@ from yolotrt.cuda.kernels import (
     YoloLayerKernel,
     upload_bytes,
 )
-from yolotrt.postprocess import MAX_CANDIDATES, Boxes, NmsOptions, YoloLayer, greedy_nms
+from yolotrt.postprocess import (
+    MAX_CANDIDATES,
+    Boxes,
+    MaskCrop,
+    NmsOptions,
+    YoloLayer,
+    greedy_nms,
+    non_max_suppression,
+    with_masks,
+)
 from yolotrt.preprocess import Letterbox
 
 COCO_ANCHORS = (
@@ -207,39 +216,90 @@ def detect_masks(
     prototypes: np.ndarray,
     options: NmsOptions,
     letterboxes: Sequence[Letterbox],
-) -> tuple[list[Boxes], np.ndarray, list[np.ndarray]]:
-    """YoloLayer, NMS and masks on the device: boxes, cells (batch, max_detections, height, width), masks a picture."""
+    **layout_options: int,
+) -> tuple[list[Boxes], list[tuple[MaskCrop, ...] | None], list[np.ndarray]]:
+    """YoloLayer, NMS and masks on the device: each picture's boxes, crops and masks."""
     anchors = tuple(tuple((float(w), float(h)) for w, h in level) for level in layer.anchors)
     batch, half, sizes = len(prototypes), heads[0].dtype == np.float16, [head.shape[2:] for head in heads]
     decoder = YoloLayerKernel(
         machine.device, anchors, layer.strides, layer.class_count, "best", half=half, mask_count=layer.mask_count
     )
-    nms_layout = NmsLayout(batch, decoder.row_count(sizes), options.max_detections)
-    nms = NmsKernel(machine.device, nms_layout, options, keeps_rows=True)
-    layout = MaskLayout(
-        batch, options.max_detections, layer.mask_count, prototypes.shape[2:], letterboxes[0].network_size
-    )
+    nms = NmsLayout(batch, decoder.row_count(sizes), options.max_detections)
+    layout = MaskLayout(nms, layer.mask_count, prototypes.shape[2:], letterboxes[0].network_size, **layout_options)
+    suppression = NmsKernel(machine.device, nms, options, keeps_rows=True)
     kernel = MaskKernel(machine.device, layout, len(anchors[0]), layer.class_count, half=half)
     buffers = [machine.upload(head) for head in heads]
     planes = machine.upload(prototypes)
-    rows = machine.upload(np.zeros((batch, nms_layout.rows, BEST_VALUES), np.float32))
-    workspace = machine.upload(np.full(nms_layout.workspace_bytes, 0xA5, np.uint8))
-    output = machine.upload(np.full(nms_layout.output_bytes, 0xA5, np.uint8))
+    rows = machine.upload(np.zeros((batch, nms.rows, BEST_VALUES), np.float32))
+    workspace, output, crops, host_crops, cells = (
+        machine.upload(np.full(size, 0xA5, np.uint8))
+        for size in (
+            *(nms.workspace_bytes, nms.output_bytes, layout.crops_bytes, layout.crops_bytes),
+            layout.cells_bytes + SENTINEL.size,
+        )
+    )
     kept_rows = machine.upload(np.full((batch, options.max_detections), 7, np.int32))
-    cells = machine.upload(np.full((batch, options.max_detections, *layout.grid_size), np.nan, np.float32))
     addresses = [machine.address(buffer) for buffer in buffers]
     levels = machine.upload(MaskKernel.levels(addresses, sizes))
     decoder.launch(addresses, sizes, batch, machine.address(rows))
-    at = {name: machine.address(buffer) for name, buffer in (("output", output), ("kept", kept_rows), ("cells", cells))}
-    nms.launch(machine.address(rows), machine.address(workspace), at["output"], kept_rows=at["kept"])
-    kernel.launch_cells(machine.address(levels), machine.address(planes), nms_layout, *at.values())
-    found = nms_layout.detections(machine.download(output))
+    suppression.launch(*map(machine.address, (rows, workspace, output)), kept_rows=machine.address(kept_rows))
+    kernel.launch_crops(*map(machine.address, (rows, kept_rows, crops, host_crops)))
+    kernel.launch_cells(*map(machine.address, (levels, planes, rows, kept_rows, crops, cells)))
+    found = nms.detections(machine.download(output))
+    table, values = machine.download(host_crops), machine.download(cells)
+    assert (values[layout.cells_bytes :] == SENTINEL).all(), "cells were written beside their room"
+    found_crops = [layout.crops(table, values, picture, len(boxes)) for picture, boxes in enumerate(found)]
     masks = []
     for picture, letterbox in enumerate(letterboxes):
         bits = machine.upload(np.full(layout.bits_bytes(letterbox.source_size), 0xA5, np.uint8))
-        kernel.launch_bits(picture, letterbox, at["output"], at["cells"], machine.address(bits))
+        kernel.launch_bits(picture, letterbox, *map(machine.address, (crops, cells, bits)))
         masks.append(layout.masks(machine.download(bits), len(found[picture]), letterbox.source_size))
-    return found, machine.download(cells), masks
+    return found, found_crops, masks
+
+
+def mask_case(
+    rng: np.random.Generator,
+    *,
+    classes: int,
+    masks: int,
+    half: bool,
+    batch: int = 3,
+    network: tuple[int, int] = (96, 160),
+) -> tuple[YoloLayer, list[np.ndarray], np.ndarray]:
+    """A layer, and heads and prototypes as a network for segmentation gives them."""
+    layer = YoloLayer(COCO_ANCHORS, COCO_STRIDES, classes, masks)
+    kind = np.float16 if half else np.float32
+    sizes = [(network[0] // stride, network[1] // stride) for stride in COCO_STRIDES]
+    heads = [(rng.standard_normal((batch, 3 * layer.row_values, *size)) * 1.5).astype(kind) for size in sizes]
+    return layer, heads, rng.standard_normal((batch, masks, network[0] // 4, network[1] // 4)).astype(kind)
+
+
+def expected_masks(
+    layer: YoloLayer,
+    heads: Sequence[np.ndarray],
+    prototypes: np.ndarray,
+    options: NmsOptions,
+    network: tuple[int, int],
+) -> list[Boxes]:
+    """The CPU's boxes with their masks."""
+    rows = layer.candidates([head.astype(np.float32) for head in heads], options.confidence)
+    return [
+        with_masks(non_max_suppression(candidates, options, layer.mask_count), planes.astype(np.float32), network)
+        for candidates, planes in zip(rows, prototypes, strict=True)
+    ]
+
+
+def crops_error(actual: Sequence[MaskCrop], expected: Sequence[MaskCrop]) -> float:
+    """The largest deviation of the values; infinite if the crops do not lie where they should."""
+    if len(actual) != len(expected):
+        return np.inf
+    worst = 0.0
+    for one, other in zip(actual, expected, strict=True):
+        same_place = (one.top, one.left, one.grid_size) == (other.top, other.left, other.grid_size)
+        if not same_place or one.values.shape != other.values.shape:
+            return np.inf
+        worst = max(worst, float(np.abs(one.values - other.values).max(initial=0)))
+    return worst
 
 
 # --- non-maximum suppression -----------------------------------------------------------------------------------------

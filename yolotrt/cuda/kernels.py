@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from yolotrt.cuda.compile import Defines
 from yolotrt.errors import InputError
-from yolotrt.postprocess import BOX_VALUES, Boxes, NmsOptions
+from yolotrt.postprocess import BOX_VALUES, Boxes, MaskCrop, NmsOptions
 from yolotrt.preprocess import Letterbox
 from yolotrt.weights.model import Anchors
 
@@ -566,11 +566,13 @@ class NmsKernel:
 
 # --- masks -----------------------------------------------------------------------------------------------------------
 
+_MASK_CROPS_BLOCK = (256, 1, 1)
 _MASK_CELLS_BLOCK = (256, 1, 1)
 _MASK_BITS_BLOCK = (32, 8, 1)
 _WORD_PIXELS = 32
 
 _LEVEL = np.dtype([("head", np.uint64), ("height", np.int32), ("width", np.int32)])
+_CROP = np.dtype([(name, np.int32) for name in ("offset", "top", "left", "height", "width")])
 
 
 @dataclass(frozen=True)
@@ -578,32 +580,61 @@ class MaskLayout:
     """Sizes of what masks.cu reads and writes.
 
     Attributes:
-        batch: Pictures.
-        max_detections: Detections a picture at most.
+        nms: Pictures, rows and detections.
         mask_count: Mask coefficients, which is the number of prototypes.
         grid_size: Height and width of the prototypes.
         network_size: Height and width of the network's input.
+        whole_grids: How many detections a picture have room if each covers all of it. Of most pictures hundreds have.
     """
 
-    batch: int
-    max_detections: int
+    nms: NmsLayout
     mask_count: int
     grid_size: tuple[int, int]
     network_size: tuple[int, int]
+    whole_grids: int = 32
+
+    @property
+    def capacity(self) -> int:
+        """Cells that a picture has room for."""
+        return min(self.whole_grids, self.nms.max_detections) * self.grid_size[0] * self.grid_size[1]
 
     @property
     def cells_bytes(self) -> int:
-        """float32 [batch, max_detections, grid height, grid width]."""
-        return self.batch * self.picture_cells_bytes
+        """float32 [batch, capacity]."""
+        return 4 * self.nms.batch * self.capacity
 
     @property
-    def picture_cells_bytes(self) -> int:
-        """Of one picture."""
-        return 4 * self.max_detections * self.grid_size[0] * self.grid_size[1]
+    def crops_bytes(self) -> int:
+        """[batch, max_detections] of what a detection covers of the grid, and where its cells lie."""
+        return _CROP.itemsize * self.nms.batch * self.nms.max_detections
 
     def bits_bytes(self, picture_size: tuple[int, int]) -> int:
         """uint32 [max_detections, height, words] of one picture (height, width)."""
-        return 4 * self.max_detections * picture_size[0] * -(-picture_size[1] // _WORD_PIXELS)
+        return 4 * self.nms.max_detections * picture_size[0] * -(-picture_size[1] // _WORD_PIXELS)
+
+    def crops(self, table: Bytes, cells: Bytes, picture: int, count: int) -> tuple[MaskCrop, ...] | None:
+        """The masks of a picture's first `count` detections; None if there was no room for all of them.
+
+        Args:
+            table: uint8 (at least crops_bytes,), in host memory: the crops.
+            cells: uint8 (at least cells_bytes,), in host memory.
+            picture: Its place in the batch.
+            count: Detections that it has.
+
+        Returns:
+            Copies, independent of `cells`.
+        """
+        first = picture * self.nms.max_detections
+        crops = table[: self.crops_bytes].view(_CROP)[first : first + count]
+        if count and crops["offset"].min() < 0:
+            return None
+        size = int((crops["height"] * crops["width"]).sum())
+        start = picture * self.capacity
+        values = cells[: self.cells_bytes].view(np.float32)[start : start + size].copy()
+        return tuple(
+            MaskCrop(values[offset : offset + height * width].reshape(height, width), top, left, self.grid_size)
+            for offset, top, left, height, width in crops.tolist()
+        )
 
     def masks(self, bits: Bytes, count: int, picture_size: tuple[int, int]) -> npt.NDArray[np.bool_]:
         """The first `count` masks of a picture, bool (count, height, width), from bits copied from the device."""
@@ -614,9 +645,9 @@ class MaskLayout:
 
 
 class MaskKernel:
-    """Launches masks.cu after `NmsKernel`: first the cells of a whole batch, then each picture's bits.
+    """Launches masks.cu after `NmsKernel`: first the crops and cells of a whole batch, then each picture's bits.
 
-    A session that gives `Boxes.masks` needs the cells only, of which it copies those of the detections that are there.
+    A session that gives `Boxes.masks` needs no bits.
     """
 
     def __init__(
@@ -630,6 +661,7 @@ class MaskKernel:
         }
         self.layout = layout
         self._device = device
+        self._crops = device.function("masks", "mask_crops", defines)
         self._cells = device.function("masks", "mask_cells", defines)
         self._bits = device.function("masks", "mask_bits", defines)
 
@@ -641,13 +673,31 @@ class MaskKernel:
         table["height"], table["width"] = zip(*sizes, strict=True)
         return table.view(np.uint8)
 
+    def launch_crops(self, rows: int, kept_rows: int, crops: int, host_crops: int, stream: Any = None) -> None:
+        """Say what the detections of a batch cover of the prototypes' grid.
+
+        Args:
+            rows: Address of the rows that `NmsKernel` read.
+            kept_rows: Address of the rows that it kept.
+            crops: Address of `layout.crops_bytes` bytes.
+            host_crops: The same again, in device memory or in page-locked host memory.
+            stream: Where to enqueue.
+        """
+        nms = self.layout.nms
+        arguments = (
+            *(np.uint64(rows), np.int32(nms.rows), np.uint64(kept_rows), np.int32(nms.max_detections)),
+            *self._grid_arguments(),
+            *(np.int32(self.layout.capacity), np.uint64(crops), np.uint64(host_crops)),
+        )
+        self._device.launch(self._crops, (nms.batch, 1, 1), _MASK_CROPS_BLOCK, arguments, stream)
+
     def launch_cells(
         self,
         levels: int,
         prototypes: int,
-        nms: NmsLayout,
-        nms_output: int,
+        rows: int,
         kept_rows: int,
+        crops: int,
         cells: int,
         stream: Any = None,
     ) -> None:
@@ -656,49 +706,54 @@ class MaskKernel:
         Args:
             levels: Address of the table of `levels`.
             prototypes: Address of [batch, mask_count, grid height, grid width].
-            nms: How the next one is divided.
-            nms_output: Address of what `NmsKernel` wrote.
+            rows: Address of the rows that `NmsKernel` read.
             kept_rows: Address of the rows that it kept.
-            cells: Address of `layout.cells_bytes` bytes.
+            crops: Address of what `launch_crops` wrote.
+            cells: Address of `layout.cells_bytes` bytes, in device memory or in page-locked host memory: they are only
+                written, and each at most once.
             stream: Where to enqueue.
         """
-        layout = self.layout
-        (height, width), (network_height, network_width) = layout.grid_size, layout.network_size
+        layout, nms = self.layout, self.layout.nms
         arguments = (
-            *(np.uint64(levels), np.uint64(prototypes), np.int32(height), np.int32(width)),
-            *(np.float32(width / network_width), np.float32(height / network_height)),
-            *(np.uint64(nms_output), np.uint64(nms_output + nms.detections_offset), np.uint64(kept_rows)),
-            np.uint64(cells),
+            *(np.uint64(levels), np.uint64(prototypes), *self._grid_arguments(), np.uint64(rows), np.int32(nms.rows)),
+            *(np.uint64(kept_rows), np.uint64(crops), np.int32(layout.capacity), np.uint64(cells)),
         )
-        blocks = -(-height * width // _MASK_CELLS_BLOCK[0])
-        grid = (blocks, layout.max_detections, layout.batch)
-        self._device.launch(self._cells, grid, _MASK_CELLS_BLOCK, arguments, stream)
+        blocks = -(-layout.grid_size[0] * layout.grid_size[1] // _MASK_CELLS_BLOCK[0])
+        if nms.max_detections:
+            grid = (blocks, nms.max_detections, nms.batch)
+            self._device.launch(self._cells, grid, _MASK_CELLS_BLOCK, arguments, stream)
 
     def launch_bits(
-        self, picture: int, letterbox: Letterbox, nms_output: int, cells: int, bits: int, stream: Any = None
+        self, picture: int, letterbox: Letterbox, crops: int, cells: int, bits: int, stream: Any = None
     ) -> None:
         """Enlarge one picture's masks to its own size.
 
         Args:
             picture: Its place in the batch.
             letterbox: How it lies in the network's input.
-            nms_output: Address of what `NmsKernel` wrote.
+            crops: Address of what `launch_crops` wrote.
             cells: Address of what `launch_cells` wrote.
-            bits: Address of `layout.bits_bytes` bytes for its size.
+            bits: Address of `layout.bits_bytes` bytes for its size. Those of detections that are not there stay.
             stream: Where to enqueue.
         """
         layout, (height, width) = self.layout, letterbox.source_size
         x, y = letterbox.grid_axes(layout.grid_size)
         arguments = (
-            np.uint64(cells + picture * layout.picture_cells_bytes),
-            np.uint64(nms_output + 4 * picture),
+            np.uint64(cells + picture * 4 * layout.capacity),
+            np.uint64(crops + picture * _CROP.itemsize * layout.nms.max_detections),
             *(np.int32(side) for side in layout.grid_size),
             *(np.float32(value) for axis in (x, y) for value in (axis.step, axis.offset)),
             *(np.int32(height), np.int32(width), np.uint64(bits)),
         )
         columns, rows, _ = _MASK_BITS_BLOCK
-        grid = (-(-width // (_WORD_PIXELS * columns)), -(-height // rows), layout.max_detections)
+        grid = (-(-width // (_WORD_PIXELS * columns)), -(-height // rows), layout.nms.max_detections)
         self._device.launch(self._bits, grid, _MASK_BITS_BLOCK, arguments, stream)
+
+    def _grid_arguments(self) -> tuple[np.generic, ...]:
+        """The grid's height and width, and cells a network pixel in x and y."""
+        (height, width), (network_height, network_width) = self.layout.grid_size, self.layout.network_size
+        scales = np.float32(width / network_width), np.float32(height / network_height)
+        return np.int32(height), np.int32(width), *scales
 
 
 def boxes_of(rows: npt.NDArray[np.float32], count: int) -> Boxes:

@@ -136,11 +136,6 @@ def open_session(engine: EngineFile, *, threads: int | None = None) -> Session:
             f"engine {engine.label} gives something else than the outputs of a YOLOv5 model: update yolotrt or "
             "build it again with python -m yolotrt -s"
         )
-    if header.model.task != "detect" and header.yololayer != HOST:
-        raise BackendUnavailableError(
-            f"engine {engine.label} is for the task {header.model.task}, which this version runs on the CPU only: "
-            "build it with --backend onnxruntime"
-        )
     if dict(header.letterbox) != input_rule(header.model.task):
         raise EngineFileError(
             f"engine {engine.label} wants its pictures prepared by another rule ({dict(header.letterbox)}): "
@@ -196,9 +191,11 @@ def _gives_what_it_says(header: EngineHeader) -> bool:
 
     if header.yololayer == PLUGIN:
         outputs = [(tensor.name, tensor.dtype, tensor.shape[2:]) for tensor in header.outputs]
-        return header.backend == TensorRtBackend.name and outputs == [(ROWS_NAME, "float32", (BEST_VALUES,))]
-    on_cpu = header.backend == OnnxRuntimeBackend.name
-    return header.yololayer == (HOST if on_cpu else KERNEL) and len(header.outputs) == _output_count(header.model)
+        can_be = header.backend == TensorRtBackend.name and header.model.task == "detect"
+        return can_be and outputs == [(ROWS_NAME, "float32", (BEST_VALUES,))]
+    if len(header.outputs) != _output_count(header.model) or len({tensor.dtype for tensor in header.outputs}) != 1:
+        return False
+    return header.yololayer == (HOST if header.backend == OnnxRuntimeBackend.name else KERNEL)
 
 
 def _build_options(options: CompleteOptions, plan: Plan) -> dict[str, Any]:

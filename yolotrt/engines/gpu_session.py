@@ -2,8 +2,8 @@
 
 A frame's way, all on one stream: upload of the rows that the letterbox reads (from page-locked memory, by a kernel),
 letterbox, engine, YoloLayer (unless it is a plugin inside the engine), NMS, which writes at most `max_detections` boxes
-into page-locked memory. No step is a copy command of the driver: those of all streams wait for each other in the queues
-of the copy engines.
+into page-locked memory, and for segmentation the masks, which go there as well. No step is a copy command of the
+driver: those of all streams wait for each other in the queues of the copy engines.
 
 Where a frame lies and how large it is stands in a small record that travels along, so that one captured graph serves
 all frames of all sizes: it is captured once for each batch size.
@@ -14,23 +14,23 @@ gaps and host work hide behind the others' computation. A lane is made when so m
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from types import TracebackType
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from yolotrt.cuda.device import Bytes, GpuDevice, Graph, Memory, find_device
+from yolotrt.cuda.device import Bytes, GpuDevice, Graph, Memory
 from yolotrt.cuda.interop import DevicePixels, device_pixels
 from yolotrt.cuda.kernels import (
     BEST_VALUES,
     CopyKernel,
     LetterboxKernel,
+    MaskKernel,
+    MaskLayout,
     NmsKernel,
     NmsLayout,
     UploadKernel,
@@ -38,13 +38,14 @@ from yolotrt.cuda.kernels import (
     boxes_of,
     upload_bytes,
 )
-from yolotrt.engines.base import PLUGIN, Finished, Frame, Pending, Session, Timing
-from yolotrt.engines.file import EngineFile, TensorInfo
-from yolotrt.engines.trt_engine import TrtEngine, shared_engine
+from yolotrt.engines.base import PLUGIN, Finished, Frame, Pending, Session
+from yolotrt.engines.file import EngineFile
+from yolotrt.engines.gpu_classifier import GpuClassifier
+from yolotrt.engines.gpu_engine import EngineSession, EngineStream
+from yolotrt.engines.host import HostDecoder
+from yolotrt.engines.trt_engine import TrtEngine
 from yolotrt.errors import InferenceError, InputError
-from yolotrt.postprocess import Boxes, NmsOptions, YoloLayer, non_max_suppression, raw_threshold
-
-_log = logging.getLogger(__name__)
+from yolotrt.postprocess import Boxes, NmsOptions, raw_threshold
 
 LANES = 3
 """Two that compute, and one whose result the host is about to take."""
@@ -52,8 +53,13 @@ LANES = 3
 _CHANNELS = 3
 
 
-class GpuSession(Session):
-    """One engine on one GPU with its own buffers. Sessions of the same engine share the weights."""
+def open_gpu_session(trt: Any, engine: EngineFile) -> Session:
+    """Open a session on the first GPU, as the engine's task needs it; see `EngineSession.open`."""
+    return (GpuClassifier if engine.header.model.task == "classify" else GpuSession).open(trt, engine)
+
+
+class GpuSession(EngineSession["_Lane"]):
+    """One engine for detection or segmentation on one GPU with its own buffers."""
 
     def __init__(self, engine: TrtEngine, *, lanes: int = LANES) -> None:
         """Prepare to run.
@@ -65,34 +71,11 @@ class GpuSession(Session):
         Raises:
             InferenceError: if the GPU's memory does not suffice.
         """
-        self.header = engine.header
-        self.timing = Timing()
-        self._engine: TrtEngine | None = engine
-        self._device = engine.device
+        super().__init__(engine)
         self._lane_count = lanes
-        self._lanes: list[_Lane] = []
         self._lent: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         with self._on_device():
             self._lanes.append(_Lane(engine, self._lent))
-
-    @classmethod
-    def open(cls, trt: Any, engine: EngineFile, device: GpuDevice | None = None) -> GpuSession:
-        """Open a session.
-
-        Args:
-            trt: The module `tensorrt` or `tensorrt_rtx`.
-            engine: An engine that it built.
-            device: The GPU; None takes the first one.
-
-        Raises:
-            BackendUnavailableError: if there is no usable GPU or no device library.
-            EngineFileError: if the engine does not fit this machine.
-            InferenceError: if the GPU's memory does not suffice.
-        """
-        device = device or find_device()
-        with _Using(device):
-            shared = shared_engine(trt, engine, device)
-        return cls(shared)
 
     def submit(self, frames: Sequence[Frame], options: NmsOptions) -> Pending:
         """See `Session.submit`. Where all lanes are busy, this waits for the oldest batch and keeps its result."""
@@ -153,7 +136,7 @@ class GpuSession(Session):
 
         Returns:
             Milliseconds by stage: ``upload``, ``letterbox``, ``engine``, ``yololayer`` (unless it is in the engine),
-            ``nms`` and ``whole``.
+            ``nms``, ``masks`` (of segmentation models) and ``whole``.
         """
         self.check_frame_count(len(frames))
         self._require_open()
@@ -163,22 +146,6 @@ class GpuSession(Session):
             times = lane.profile(len(frames), options, repeats)
         del owners  # the GPU has read the frames
         return times
-
-    def close(self) -> None:
-        """See `Session.close`."""
-        if self._engine is None:
-            return
-        with contextlib.suppress(*self._device.errors), self._device.current():
-            while self._lanes:  # freed here, while the GPU is current: PyCUDA frees nothing in another thread otherwise
-                with contextlib.suppress(*self._device.errors):
-                    self._lanes.pop().close()
-        self._lanes = []
-        self._engine = None
-
-    def __del__(self) -> None:
-        if getattr(self, "_engine", None) is not None:
-            with contextlib.suppress(Exception):  # the interpreter may be ending
-                self.close()
 
     def finish(self, lane: _Lane, *, spin: bool) -> list[Boxes]:
         """Wait for a lane's batch and take its boxes."""
@@ -194,7 +161,7 @@ class GpuSession(Session):
     def _detect_on_host(self, frames: Sequence[Frame], options: NmsOptions) -> list[Boxes]:
         """Several labels a box: the GPU computes the raw heads, NumPy does the rest."""
         self._require_heads()
-        model, timing = self.header.model, self.timing
+        timing = self.timing
         began = time.perf_counter()
         with self._on_device():
             lane = self._idle_lane()
@@ -203,9 +170,7 @@ class GpuSession(Session):
             heads = lane.raw_heads(lane.batch_for(len(frames)), lambda: lane.enqueue_input(len(frames)))
         del owners  # the GPU has read the frames
         inferred = time.perf_counter()
-        layer = YoloLayer(model.anchors, model.strides, len(model.names))
-        rows = layer.candidates([head[: len(frames)] for head in heads], options.confidence)
-        boxes = [non_max_suppression(candidates, options) for candidates in rows]
+        boxes = HostDecoder(self.header).boxes([head[: len(frames)] for head in heads], options)
         timing.preprocess_ms += (placed - began) * 1e3
         timing.inference_ms += (inferred - placed) * 1e3
         timing.postprocess_ms += (time.perf_counter() - inferred) * 1e3
@@ -232,18 +197,11 @@ class GpuSession(Session):
             lane.pending.finish(spin=False)
         return lane
 
-    def _require_open(self) -> None:
-        if self._engine is None:
-            raise InputError("the session is closed: open a new one")
-
     def _require_heads(self) -> None:
         if self.header.yololayer == PLUGIN:
             raise InputError(
                 "this engine holds YoloLayer and gives no raw heads: build it with --yololayer kernel to evaluate it"
             )
-
-    def _on_device(self) -> _Using:
-        return _Using(self._device)
 
 
 class _GpuPending(Pending):
@@ -276,7 +234,7 @@ class _GpuPending(Pending):
 
 
 class _Lane:
-    """A stream with all buffers, execution contexts and graphs to work on one batch at a time.
+    """A stream with all buffers to work on one batch at a time.
 
     Attributes:
         pending: The batch under way.
@@ -290,21 +248,22 @@ class _Lane:
         self.started_at = 0
         self._engine = engine
         self._lent = lent
-        self._low, _, self._high = header.batch_range
-        self._stream = device.stream()
-        self._sleeping, self._spinning = device.event(blocking=True), device.event()
+        self._low, _, high = header.batch_range
+        self._run = EngineStream(engine)
+        self._stream = self._run.stream
         self._letterbox = LetterboxKernel(device, header.imgsz, half=header.inputs[0].dtype == "float16")
         self._copy, self._upload = CopyKernel(device), UploadKernel(device)
-        self._tensors = {info.name: device.allocate(self._size(info)) for info in (*header.inputs, *header.outputs)}
-        self._scratch = device.allocate(engine.scratch_bytes)
-        self._yololayer = None if header.yololayer == PLUGIN else _YoloLayer(engine, self._tensors)
+        tensors = self._run.tensors
+        self._images = tensors[header.inputs[0].name]
+        self._yololayer = None if header.yololayer == PLUGIN else _YoloLayer(engine, tensors)
         row_count = header.outputs[0].shape[1] if self._yololayer is None else self._yololayer.row_count
-        self._rows = self._tensors[header.outputs[0].name] if self._yololayer is None else self._yololayer.rows
-        self._plans = _Plans(device, self._letterbox.plan_bytes, self._high)
+        self._rows = tensors[header.outputs[0].name] if self._yololayer is None else self._yololayer.rows
+        self._plans = _Plans(device, self._letterbox.plan_bytes, high)
         self._slots = [_Slot(device, self._letterbox, plan) for plan in self._plans.host]
-        self._nms = _Nms(device, row_count, self._high, len(header.model.names))
-        self._contexts: dict[int, Any] = {}
-        self._graphs: dict[int, Graph] = {}
+        has_masks = header.model.task == "segment"
+        self._nms = _Nms(device, row_count, high, len(header.model.names), keeps_rows=has_masks)
+        self._has_masks = has_masks
+        self._masks: _Masks | None = None  # until their number is known
         self._started = 0, 0  # frames and batch size of the batch under way
 
     def batch_for(self, count: int) -> int:
@@ -329,52 +288,37 @@ class _Lane:
 
     def start(self, count: int, options: NmsOptions) -> None:
         """Enqueue a batch whose frames are placed; nothing of it is under way if this fails."""
-        try:
-            self._start(count, options)
-        except BaseException:
-            self._device.synchronize(self._stream)  # the frames and plans may be used again at once
-            raise
-
-    def _start(self, count: int, options: NmsOptions) -> None:
         batch = self.batch_for(count)
-        if self._nms.set_options(options):
-            self._graphs.clear()
-        graph = self._graphs.get(batch)
-        if graph is not None:
-            graph.launch(self._stream)
-        else:
-            self._enqueue(batch)  # TensorRT wants to run once before it is captured
-            self._capture(batch)
-        self._device.record(self._sleeping, self._stream)
-        self._device.record(self._spinning, self._stream)
+        self._set_options(options)
+        self._run.start(batch, lambda: self._enqueue(batch))
         self._started = count, batch
 
     def wait(self, *, spin: bool) -> None:
         """Wait for the batch under way."""
-        self._device.wait(self._spinning if spin else self._sleeping)
+        self._run.wait(spin=spin)
 
     def boxes(self) -> list[Boxes]:
-        """Boxes of the finished batch, a list for each frame."""
-        return self._nms.boxes(*self._started)
+        """What each frame of the finished batch shows."""
+        count, batch = self._started
+        found = self._nms.boxes(count, batch)
+        if self._masks is None:
+            return found
+        masked = self._masks.added_to(found)
+        if masked is not None:
+            return masked
+        heads = [output[:count] for output in self._run.outputs(batch)]
+        return HostDecoder(self._engine.header).boxes(heads, self._nms.options)
 
     def raw_heads(self, batch: int, enqueue_input: Callable[[], None]) -> list[npt.NDArray[np.float32]]:
         """Run the engine alone on an input; the raw heads as float32 arrays of the host."""
         enqueue_input()
-        self._enqueue_engine(batch)
-        heads = []
-        for info in self._engine.header.outputs:
-            head = np.empty((batch, *info.shape[1:]), np.dtype(info.dtype))
-            self._device.download(head, self._tensors[info.name].address, self._stream)
-            heads.append(head)
-        self._device.synchronize(self._stream)
-        return [head.astype(np.float32, copy=False) for head in heads]
+        self._run.enqueue(batch)
+        return self._run.outputs(batch)
 
     def upload_images(self, images: npt.NDArray[np.float32]) -> None:
         """Fill the network's input with pictures that are letterboxed already."""
-        info = self._engine.header.inputs[0]
-        self._device.upload(
-            self._tensors[info.name].address, np.ascontiguousarray(images, np.dtype(info.dtype)), self._stream
-        )
+        dtype = np.dtype(self._engine.header.inputs[0].dtype)
+        self._device.upload(self._images.address, np.ascontiguousarray(images, dtype), self._stream)
         self._device.synchronize(self._stream)  # the array is ours alone and may go
 
     def enqueue_input(self, count: int) -> None:
@@ -385,8 +329,7 @@ class _Lane:
     def profile(self, count: int, options: NmsOptions, repeats: int) -> dict[str, list[float]]:
         """See `GpuSession.profile`."""
         batch = self.batch_for(count)
-        self._nms.set_options(options)
-        self._graphs.clear()
+        self._set_options(options)
         self._enqueue(batch)
         times = {}
         for name, enqueue in {**self._stages(batch), "whole": lambda: self._enqueue(batch)}.items():
@@ -395,13 +338,22 @@ class _Lane:
         return times
 
     def close(self) -> None:
-        """Wait for what is under way, and free everything in an order that TensorRT stands."""
+        """Wait for what is under way, and free everything."""
         try:
-            self._device.synchronize(self._stream)
+            self._run.close()
         finally:
             self.pending = None  # its frames were read until now
-            self._graphs.clear()
-            self._contexts.clear()
+
+    def _set_options(self, options: NmsOptions) -> None:
+        """Use other options. All or nothing: what graphs refer to stays if memory runs out."""
+        if options == self._nms.options:
+            return
+        masks = None
+        if self._has_masks and self._yololayer is not None:
+            masks = _Masks(self._engine, self._run.tensors, self._yololayer, options.max_detections)
+        self._nms.set_options(options)
+        self._masks = masks
+        self._run.forget_graphs()
 
     def _time(self, graph: Graph) -> float:
         """Milliseconds that a graph takes; it is launched twice, so that no launch is waited for."""
@@ -413,40 +365,25 @@ class _Lane:
         self._device.synchronize(self._stream)
         return self._device.elapsed_ms(first, second)
 
-    def _capture(self, batch: int) -> None:
-        """Make the graph of a batch. Where that fails the batch is enqueued, which costs launch time and nothing else.
-
-        One failure tells little: another library of the process may have waited for the whole GPU meanwhile.
-        """
-        if not self._engine.captures_left:
-            return
-        failures: tuple[type[BaseException], ...] = (*self._device.errors, InferenceError)
-        try:
-            with self._device.exclusive:
-                self._graphs[batch] = self._device.capture(self._stream, lambda: self._enqueue(batch))
-        except failures as problem:
-            self._engine.captures_left -= 1
-            if not self._engine.captures_left:
-                _log.warning("the engine cannot be captured as a CUDA graph and is enqueued each time (%s)", problem)
-
     def _enqueue(self, batch: int) -> None:
         for enqueue in self._stages(batch).values():
             enqueue()
 
     def _stages(self, batch: int) -> dict[str, Callable[[], None]]:
         """A frame's way, in order."""
-        stages = {
+        layer, masks, rows = self._yololayer, self._masks, self._rows.address
+        kept_rows = 0 if masks is None else masks.kept_rows.address
+        stages: dict[str, Callable[[], None]] = {
             "upload": lambda: self._enqueue_upload(batch),
             "letterbox": lambda: self._enqueue_letterbox(batch),
-            "engine": lambda: self._enqueue_engine(batch),
-            "nms": lambda: self._nms.enqueue(self._rows.address, batch, self._stream),
+            "engine": lambda: self._run.enqueue(batch),
         }
-        layer = self._yololayer
-        if layer is None:
-            return stages
-        names = ("upload", "letterbox", "engine", "yololayer", "nms")
-        stages["yololayer"] = lambda: layer.enqueue(batch, self._stream, self._nms.confidence)
-        return {name: stages[name] for name in names}
+        if layer is not None:
+            stages["yololayer"] = lambda: layer.enqueue(batch, self._stream, self._nms.options.confidence)
+        stages["nms"] = lambda: self._nms.enqueue(rows, kept_rows, batch, self._stream)
+        if masks is not None:
+            stages["masks"] = lambda: masks.enqueue(batch, self._stream)
+        return stages
 
     def _enqueue_upload(self, batch: int) -> None:
         plans, plan_bytes = self._plans, self._letterbox.plan_bytes
@@ -454,17 +391,7 @@ class _Lane:
         self._upload.launch(plans.device.address, plan_bytes, batch, self._stream)
 
     def _enqueue_letterbox(self, batch: int) -> None:
-        images = self._tensors[self._engine.header.inputs[0].name].address
-        self._letterbox.launch(self._plans.device.address, images, batch, self._stream)
-
-    def _enqueue_engine(self, batch: int) -> None:
-        context = self._contexts.get(batch)
-        if context is None:
-            context = self._contexts[batch] = self._engine.context(batch, self._scratch)
-            for name, memory in self._tensors.items():
-                context.set_tensor_address(name, memory.address)
-        if not context.execute_async_v3(self._device.handle(self._stream)):
-            raise InferenceError(f"TensorRT failed ({self._engine.last_error}): build the engine again")
+        self._letterbox.launch(self._plans.device.address, self._images.address, batch, self._stream)
 
     def _place_host_frame(self, slot: _Slot, frame: npt.NDArray[np.uint8]) -> Any:
         address = frame.__array_interface__["data"][0]
@@ -481,10 +408,6 @@ class _Lane:
             self._device.wait_for_stream(self._stream, pixels.stream)
         slot.point(pixels)
         return pixels.owner
-
-    def _size(self, info: TensorInfo) -> int:
-        """Bytes of a network input or output at the largest batch."""
-        return self._high * int(np.prod(info.shape[1:])) * np.dtype(info.dtype).itemsize
 
 
 class _Plans:
@@ -567,59 +490,70 @@ class _YoloLayer:
     Attributes:
         rows: Where the rows go.
         row_count: Rows a picture has.
+        heads: The heads' addresses.
+        sizes: Their heights and widths.
     """
 
     def __init__(self, engine: TrtEngine, tensors: dict[str, Memory]) -> None:
         header = engine.header
         model = header.model
-        half = header.outputs[0].dtype == "float16"
-        self._kernel = YoloLayerKernel(engine.device, model.anchors, model.strides, len(model.names), "best", half=half)
-        self._sizes = [(info.shape[2], info.shape[3]) for info in header.outputs]
-        self._heads = [tensors[info.name].address for info in header.outputs]
-        self.row_count = self._kernel.row_count(self._sizes)
+        heads = header.outputs[: len(model.strides)]
+        self._kernel = YoloLayerKernel(
+            engine.device,
+            model.anchors,
+            model.strides,
+            len(model.names),
+            "best",
+            half=heads[0].dtype == "float16",
+            mask_count=header.outputs[-1].shape[1] if model.task == "segment" else 0,
+        )
+        self.sizes = [(info.shape[2], info.shape[3]) for info in heads]
+        self.heads = [tensors[info.name].address for info in heads]
+        self.row_count = self._kernel.row_count(self.sizes)
         self.rows = engine.device.allocate(4 * header.max_batch * self.row_count * BEST_VALUES)
 
     def enqueue(self, batch: int, stream: Any, confidence: float) -> None:
         """Decode the rows that can have more than a confidence."""
         least = raw_threshold(confidence)
-        self._kernel.launch(self._heads, self._sizes, batch, self.rows.address, stream, least)
+        self._kernel.launch(self.heads, self.sizes, batch, self.rows.address, stream, least)
 
 
 class _Nms:
-    """NMS with the options of the moment, and its buffers."""
+    """NMS with the options of the moment, and its buffers.
 
-    def __init__(self, device: GpuDevice, row_count: int, largest_batch: int, class_count: int) -> None:
+    Attributes:
+        options: The options.
+    """
+
+    def __init__(
+        self, device: GpuDevice, row_count: int, largest_batch: int, class_count: int, *, keeps_rows: bool
+    ) -> None:
         self._device = device
         self._row_count = row_count
         self._largest_batch = largest_batch
         self._class_count = class_count
-        self._options = NmsOptions(max_detections=-1)  # which no caller may have
+        self._keeps_rows = keeps_rows
+        self.options = NmsOptions(max_detections=-1)  # which no caller may have
         self._kernels: dict[int, NmsKernel] = {}
         self._results: dict[int, tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]] = {}
         self._workspace = device.allocate(NmsLayout(largest_batch, row_count, 1).workspace_bytes)
 
-    @property
-    def confidence(self) -> float:
-        """What a box needs more than."""
-        return self._options.confidence
-
-    def set_options(self, options: NmsOptions) -> bool:
-        """Use other options; returns whether they are others, so that graphs are out of date."""
-        if options is self._options or options == self._options:
-            return False
+    def set_options(self, options: NmsOptions) -> None:
+        """Use other options; graphs are out of date then."""
         layout = NmsLayout(self._largest_batch, self._row_count, options.max_detections)
-        kernel = NmsKernel(self._device, layout, options)  # refuses wrong options before anything is enqueued
+        kernel = NmsKernel(
+            self._device, layout, options, keeps_rows=self._keeps_rows
+        )  # refuses wrong options before anything is enqueued
         mask = self._class_mask(options)
         output = self._device.page_locked(layout.output_bytes)
         # all or nothing: graphs that hold the old addresses stay valid if memory runs out above
         self._kernels, self._results = {layout.batch: kernel}, {}
-        self._mask, self._output, self._options = mask, output, options
-        return True
+        self._mask, self._output, self.options = mask, output, options
 
-    def enqueue(self, rows: int, batch: int, stream: Any) -> None:
-        """Write the boxes of `rows` into page-locked memory."""
+    def enqueue(self, rows: int, kept_rows: int, batch: int, stream: Any) -> None:
+        """Write the boxes of `rows` into page-locked memory, and which rows they are where those are to be kept."""
         output = self._output.ctypes.data
-        self._kernel(batch).launch(rows, self._workspace.address, output, self._mask.address, stream)
+        self._kernel(batch).launch(rows, self._workspace.address, output, self._mask.address, stream, kept_rows)
 
     def boxes(self, count: int, batch: int) -> list[Boxes]:
         """Boxes of the first `count` pictures of a finished batch."""
@@ -632,50 +566,80 @@ class _Nms:
     def _class_mask(self, options: NmsOptions) -> Memory:
         """The classes to keep, on the device; address 0 keeps all."""
         mask = NmsKernel.class_mask(options, self._class_count)
-        if mask is None:
-            return Memory(0, 0, None)
-        memory, stream = self._device.allocate(mask.size), self._device.stream()
-        self._device.upload(memory.address, mask, stream)
-        self._device.synchronize(stream)
-        return memory
+        return Memory(0, 0, None) if mask is None else _on_device(self._device, mask)
 
     def _kernel(self, batch: int) -> NmsKernel:
         kernel = self._kernels.get(batch)
         if kernel is None:
-            layout = NmsLayout(batch, self._row_count, self._options.max_detections)
-            kernel = self._kernels[batch] = NmsKernel(self._device, layout, self._options)
+            layout = NmsLayout(batch, self._row_count, self.options.max_detections)
+            kernel = NmsKernel(self._device, layout, self.options, keeps_rows=self._keeps_rows)
+            self._kernels[batch] = kernel
         return kernel
 
 
-class _Using:
-    """Use the GPU for a while; its failures become InferenceError. A class, as each frame enters it twice."""
+class _Masks:
+    """The masks of a batch, which go to the host without their empty surroundings.
 
-    def __init__(self, device: GpuDevice) -> None:
+    Attributes:
+        kept_rows: Where NMS says which rows its boxes are.
+    """
+
+    def __init__(self, engine: TrtEngine, tensors: dict[str, Memory], layer: _YoloLayer, max_detections: int) -> None:
+        header, device = engine.header, engine.device
+        prototypes = header.outputs[-1]
         self._device = device
-        self._current = device.current()
+        self._header = header
+        self._layer = layer
+        self._levels = _on_device(device, MaskKernel.levels(layer.heads, layer.sizes))
+        self._prototypes = tensors[prototypes.name].address
+        self._layout = MaskLayout(
+            NmsLayout(header.max_batch, layer.row_count, max_detections),
+            prototypes.shape[1],
+            (prototypes.shape[2], prototypes.shape[3]),
+            header.imgsz,
+        )
+        self.kept_rows = device.allocate(4 * header.max_batch * max_detections)
+        self._crops = device.allocate(self._layout.crops_bytes)
+        self._host_crops = device.page_locked(self._layout.crops_bytes)
+        self._cells = device.page_locked(self._layout.cells_bytes)
+        self._kernels: dict[int, MaskKernel] = {}
 
-    def __enter__(self) -> None:
-        try:
-            self._current.__enter__()
-        except self._device.errors as problem:
-            raise InferenceError(_explain(problem)) from problem
+    def enqueue(self, batch: int, stream: Any) -> None:
+        """Write the masks of what NMS kept into page-locked memory."""
+        kernel = self._kernel(batch)
+        rows, kept_rows, crops = self._layer.rows.address, self.kept_rows.address, self._crops.address
+        kernel.launch_crops(rows, kept_rows, crops, self._host_crops.ctypes.data, stream)
+        cells = self._cells.ctypes.data
+        kernel.launch_cells(self._levels.address, self._prototypes, rows, kept_rows, crops, cells, stream)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._current.__exit__(kind, problem, trace)
-        if isinstance(problem, self._device.errors):
-            raise InferenceError(_explain(problem)) from problem
+    def added_to(self, found: Sequence[Boxes]) -> list[Boxes] | None:
+        """The boxes of a finished batch with their masks; None if there was no room for all of these."""
+        masked = []
+        for picture, boxes in enumerate(found):
+            crops = self._layout.crops(self._host_crops, self._cells, picture, len(boxes))
+            if crops is None:
+                return None
+            masked.append(replace(boxes, masks=crops))
+        return masked
+
+    def _kernel(self, batch: int) -> MaskKernel:
+        kernel = self._kernels.get(batch)
+        if kernel is None:
+            model, half = self._header.model, self._header.outputs[0].dtype == "float16"
+            layout = replace(self._layout, nms=replace(self._layout.nms, batch=batch))
+            kernel = MaskKernel(self._device, layout, len(model.anchors[0]), len(model.names), half=half)
+            self._kernels[batch] = kernel
+        return kernel
+
+
+def _on_device(device: GpuDevice, content: Bytes) -> Memory:
+    """A copy in device memory."""
+    memory, stream = device.allocate(content.size), device.stream()
+    device.upload(memory.address, content, stream)
+    device.synchronize(stream)
+    return memory
 
 
 def _size(frame: npt.NDArray[np.uint8]) -> tuple[int, int]:
     """Height and width."""
     return frame.shape[0], frame.shape[1]
-
-
-def _explain(problem: BaseException) -> str:
-    """A device library's error in one line with a remedy."""
-    text = (str(problem).splitlines() or [type(problem).__name__])[0]
-    if "memory" in text.lower() and "illegal" not in text.lower():
-        return f"the GPU's memory does not suffice ({text}): use a smaller batch, or free memory on the GPU"
-    return f"the GPU failed ({text}): start the program again; report it if it happens once more"

@@ -77,9 +77,9 @@ class TensorRtBackend(Backend):
     def open(self, engine: EngineFile, *, threads: int | None = None) -> Session:  # noqa: ARG002
         """Open a session."""
         trt = tensorrt_module()
-        from yolotrt.engines.gpu_session import GpuSession
+        from yolotrt.engines.gpu_session import open_gpu_session
 
-        return GpuSession.open(trt, engine)
+        return open_gpu_session(trt, engine)
 
 
 def tensorrt_module() -> Any:

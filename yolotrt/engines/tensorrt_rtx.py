@@ -53,9 +53,9 @@ class TensorRtRtxBackend(Backend):
                 f"engine {engine.label} is for TensorRT-RTX, which runs on compute capability 8.0, 8.6, 8.9 and 12.x "
                 f"({label(gpu)}): build with --backend tensorrt or onnxruntime"
             )
-        from yolotrt.engines.gpu_session import GpuSession
+        from yolotrt.engines.gpu_session import open_gpu_session
 
-        return GpuSession.open(trt, engine)
+        return open_gpu_session(trt, engine)
 
 
 class _RtxHooks(TrtHooks):

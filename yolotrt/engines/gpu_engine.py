@@ -1,0 +1,220 @@
+"""What the sessions on a GPU have in common: an engine on a stream, captured as CUDA graphs, and one-line errors."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from yolotrt.cuda.device import GpuDevice, Graph, find_device
+from yolotrt.cuda.kernels import upload_bytes
+from yolotrt.engines.base import Session, Timing
+from yolotrt.engines.file import EngineFile, TensorInfo
+from yolotrt.engines.trt_engine import TrtEngine, shared_engine
+from yolotrt.errors import InferenceError, InputError
+
+_log = logging.getLogger(__name__)
+
+
+class Closable(Protocol):
+    """What holds memory of the GPU."""
+
+    def close(self) -> None:
+        """Free it."""
+        ...
+
+
+_Lane = TypeVar("_Lane", bound=Closable)
+_Self = TypeVar("_Self", bound="EngineSession[Any]")
+
+
+class EngineSession(Session, Generic[_Lane]):
+    """One engine on one GPU, and lanes that run it. Sessions of the same engine share the weights."""
+
+    def __init__(self, engine: TrtEngine) -> None:
+        self.header = engine.header
+        self.timing = Timing()
+        self._engine: TrtEngine | None = engine
+        self._device = engine.device
+        self._lanes: list[_Lane] = []
+
+    @classmethod
+    def open(cls: type[_Self], trt: Any, engine: EngineFile, device: GpuDevice | None = None) -> _Self:
+        """Open a session.
+
+        Args:
+            trt: The module `tensorrt` or `tensorrt_rtx`.
+            engine: An engine that it built.
+            device: The GPU; None takes the first one.
+
+        Raises:
+            BackendUnavailableError: if there is no usable GPU or no device library.
+            EngineFileError: if the engine does not fit this machine.
+            InferenceError: if the GPU's memory does not suffice.
+        """
+        device = device or find_device()
+        with Using(device):
+            shared = shared_engine(trt, engine, device)
+        return cls(shared)
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        if self._engine is None:
+            return
+        with contextlib.suppress(*self._device.errors), self._device.current():
+            while self._lanes:  # freed here, while the GPU is current: PyCUDA frees nothing in another thread otherwise
+                with contextlib.suppress(*self._device.errors):
+                    self._lanes.pop().close()
+        self._lanes = []
+        self._engine = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_engine", None) is not None:
+            with contextlib.suppress(Exception):  # the interpreter may be ending
+                self.close()
+
+    def _require_open(self) -> None:
+        if self._engine is None:
+            raise InputError("the session is closed: open a new one")
+
+    def _on_device(self) -> Using:
+        return Using(self._device)
+
+
+class EngineStream:
+    """An engine on a stream of its own, with memory for its tensors, and graphs of what is done around it.
+
+    Attributes:
+        stream: The stream.
+        tensors: The network's inputs and outputs, for the largest batch; sizes are multiples of 16 bytes.
+    """
+
+    def __init__(self, engine: TrtEngine) -> None:
+        header = engine.header
+        device = self._device = engine.device
+        self._engine = engine
+        self.stream = device.stream()
+        self._sleeping, self._spinning = device.event(blocking=True), device.event()
+        self.tensors = {
+            info.name: device.allocate(upload_bytes(tensor_bytes(info, header.max_batch)))
+            for info in (*header.inputs, *header.outputs)
+        }
+        self._scratch = device.allocate(engine.scratch_bytes)
+        self._contexts: dict[int, Any] = {}
+        self._graphs: dict[int, Graph] = {}
+
+    def enqueue(self, batch: int) -> None:
+        """Enqueue the engine alone.
+
+        Raises:
+            InferenceError: if TensorRT fails.
+        """
+        context = self._contexts.get(batch)
+        if context is None:
+            context = self._contexts[batch] = self._engine.context(batch, self._scratch)
+            for name, memory in self.tensors.items():
+                context.set_tensor_address(name, memory.address)
+        if not context.execute_async_v3(self._device.handle(self.stream)):
+            raise InferenceError(f"TensorRT failed ({self._engine.last_error}): build the engine again")
+
+    def start(self, batch: int, enqueue: Callable[[], None]) -> None:
+        """Start all that is done for a batch; nothing of it is under way if this fails.
+
+        Args:
+            batch: Its size.
+            enqueue: Enqueues it all, the engine too. It is captured at the first call for a batch size, and the graph
+                launched at others until `forget_graphs`.
+        """
+        try:
+            graph = self._graphs.get(batch)
+            if graph is not None:
+                graph.launch(self.stream)
+            else:
+                enqueue()  # TensorRT wants to run once before it is captured
+                self._capture(batch, enqueue)
+            self._device.record(self._sleeping, self.stream)
+            self._device.record(self._spinning, self.stream)
+        except BaseException:
+            self._device.synchronize(self.stream)  # what it reads may change at once
+            raise
+
+    def wait(self, *, spin: bool) -> None:
+        """Wait for what was started last."""
+        self._device.wait(self._spinning if spin else self._sleeping)
+
+    def forget_graphs(self) -> None:
+        """Have them captured anew, since addresses or arguments are others."""
+        self._graphs.clear()
+
+    def outputs(self, batch: int) -> list[npt.NDArray[np.float32]]:
+        """The network's outputs of the last batch, once it is computed, as float32 arrays of the host."""
+        outputs = []
+        for info in self._engine.header.outputs:
+            output = np.empty((batch, *info.shape[1:]), np.dtype(info.dtype))
+            self._device.download(output, self.tensors[info.name].address, self.stream)
+            outputs.append(output)
+        self._device.synchronize(self.stream)
+        return [output.astype(np.float32, copy=False) for output in outputs]
+
+    def close(self) -> None:
+        """Wait for what is under way, and free everything in an order that TensorRT stands."""
+        try:
+            self._device.synchronize(self.stream)
+        finally:
+            self._graphs.clear()
+            self._contexts.clear()
+
+    def _capture(self, batch: int, enqueue: Callable[[], None]) -> None:
+        """Make the graph of a batch. Where that fails the batch is enqueued, which costs launch time and nothing else.
+
+        One failure tells little: another library of the process may have waited for the whole GPU meanwhile.
+        """
+        if not self._engine.captures_left:
+            return
+        failures: tuple[type[BaseException], ...] = (*self._device.errors, InferenceError)
+        try:
+            with self._device.exclusive:
+                self._graphs[batch] = self._device.capture(self.stream, enqueue)
+        except failures as problem:
+            self._engine.captures_left -= 1
+            if not self._engine.captures_left:
+                _log.warning("the engine cannot be captured as a CUDA graph and is enqueued each time (%s)", problem)
+
+
+def tensor_bytes(info: TensorInfo, batch: int) -> int:
+    """Bytes of a network input or output."""
+    return batch * int(np.prod(info.shape[1:])) * np.dtype(info.dtype).itemsize
+
+
+class Using:
+    """Use the GPU for a while; its failures become InferenceError. A class, as each frame enters it twice."""
+
+    def __init__(self, device: GpuDevice) -> None:
+        self._device = device
+        self._current = device.current()
+
+    def __enter__(self) -> None:
+        try:
+            self._current.__enter__()
+        except self._device.errors as problem:
+            raise InferenceError(_explain(problem)) from problem
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._current.__exit__(kind, problem, trace)
+        if isinstance(problem, self._device.errors):
+            raise InferenceError(_explain(problem)) from problem
+
+
+def _explain(problem: BaseException) -> str:
+    """A device library's error in one line with a remedy."""
+    text = (str(problem).splitlines() or [type(problem).__name__])[0]
+    if "memory" in text.lower() and "illegal" not in text.lower():
+        return f"the GPU's memory does not suffice ({text}): use a smaller batch, or free memory on the GPU"
+    return f"the GPU failed ({text}): start the program again; report it if it happens once more"
