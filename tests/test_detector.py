@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
+from tests.official_masks import iou, letterboxed, official_masks
 from yolotrt import BuildOptions, Classification, Detections, Detector, build_engine, load_weights
 from yolotrt.engines.file import EngineFile
 from yolotrt.errors import EngineFileError, ImageError, InputError
@@ -112,22 +113,11 @@ def test_a_batch_of_photos_equals_single_photos(golden, yolov5n_engine, golden_d
 # --- segmentation ---
 
 
-def letterboxed(golden: Path, name: str) -> np.ndarray:
-    """The official code's own input of a photo, as a BGR picture."""
-    planes = np.load(golden / "expected" / "yolov5n_det.npz")[f"{name}_square_input_u8_chw_rgb"]
-    return np.ascontiguousarray(planes[::-1].transpose(1, 2, 0))
-
-
-def iou(a: np.ndarray, b: np.ndarray) -> float:
-    return float((a & b).sum() / (a | b).sum())
-
-
 @pytest.mark.parametrize("name", ["bus", "zidane"])
 def test_masks_equal_the_official_ones(golden, golden_detector, name):
-    expected = np.load(golden / "expected" / "derived_seg_nc80_det.npz")
+    class_ids, masks = official_masks(golden, name)
     found = golden_detector("derived_seg_nc80")(letterboxed(golden, name))
-    assert found.class_id.tolist() == expected[f"{name}_square_cls"].tolist()
-    masks = np.unpackbits(expected[f"{name}_square_masks_net"], axis=-1).astype(bool)
+    assert found.class_id.tolist() == class_ids
     assert found.mask.shape == masks.shape == (5, 640, 640)
     for mask, official in zip(found.mask, masks, strict=True):
         assert iou(mask, official) > 0.999  # measured: not a pixel differs
@@ -135,13 +125,12 @@ def test_masks_equal_the_official_ones(golden, golden_detector, name):
 
 @pytest.mark.parametrize("name", ["bus", "zidane"])
 def test_masks_of_a_photo_lie_where_those_of_its_letterboxed_input_do(golden, golden_detector, name):
-    expected = np.load(golden / "expected" / "derived_seg_nc80_det.npz")
+    _, masks = official_masks(golden, name)
     found = golden_detector("derived_seg_nc80")(golden / "images" / f"{name}.jpg")
     height, width = found.image_size
     letterbox = Letterbox.fit((height, width), (640, 640))
-    masks = np.unpackbits(expected[f"{name}_square_masks_net"], axis=-1)
     for mask, official in zip(found.mask, masks, strict=True):
-        inner = official[letterbox._rows, letterbox._columns]
+        inner = official[letterbox._rows, letterbox._columns].astype(np.uint8)
         # the official masks have the network's pixels, two of the picture's in zidane: half of one at the borders
         assert iou(mask, cv2.resize(inner, (width, height), interpolation=cv2.INTER_NEAREST) > 0) > 0.94
 

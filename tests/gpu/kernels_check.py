@@ -2,7 +2,7 @@
 
     python tests/gpu/kernels_check.py                                   # everything
     compute-sanitizer --tool memcheck  python tests/gpu/kernels_check.py --cases 20 --no-timing
-    compute-sanitizer --tool racecheck python tests/gpu/kernels_check.py --cases 20 --no-timing
+    compute-sanitizer --tool racecheck python tests/gpu/kernels_check.py --cases 20 --no-timing --small
 
 Exit status 1 if anything differs.
 """
@@ -10,8 +10,10 @@ Exit status 1 if anything differs.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,23 +24,42 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kernels")]
 from comparisons import (  # noqa: E402
     COCO_ANCHORS,
     COCO_STRIDES,
+    copied_differences,
+    crops_error,
     decode,
     decode_error,
+    detect_masks,
     exact_overlap_case,
     expected_suppression,
     letterbox_case,
     letterbox_differences,
+    mask_case,
+    masks_of_found,
     nms_case,
     nms_rows,
     picture,
     random_heads,
     same_boxes,
     suppress,
+    uploaded_letterbox_differences,
 )
 
 from yolotrt.cuda.device import CupyDevice  # noqa: E402
-from yolotrt.cuda.kernels import LetterboxKernel, NmsKernel, NmsLayout, YoloLayerKernel  # noqa: E402
+from yolotrt.cuda.kernels import (  # noqa: E402
+    BEST_VALUES,
+    CopyKernel,
+    LetterboxKernel,
+    MaskKernel,
+    MaskLayout,
+    NmsKernel,
+    NmsLayout,
+    UploadKernel,
+    YoloLayerKernel,
+    upload_bytes,
+)
+from yolotrt.masks import Masks  # noqa: E402
 from yolotrt.postprocess import NmsOptions, YoloLayer  # noqa: E402
+from yolotrt.preprocess import Letterbox  # noqa: E402
 
 REPEATS = 20
 """Launches in one captured graph; its time is divided by them."""
@@ -47,8 +68,53 @@ SAMPLES = 200
 LAST_PLACES = 8
 """CUDA's expf is within 2 units in the last place, NumPy's within 3, and roundings follow."""
 
+MASK_TOLERANCE = 2e-5
+"""Of values in 0..1: sums of up to 40 products of values around 1, in another order, and two exponentials."""
+
+OTHER_PIXELS = 0.005
+"""Share of a mask's pixels that may differ where its values are noise: OpenCV rounds places to 1/32 of a cell."""
+
 HEAD_SIZES = [(80, 80), (40, 40), (20, 20)]
 ROWS = 25_200
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the cases are.
+
+    Attributes:
+        side: Of a network's input, in random cases of the letterbox; of one in four of them `large_side`.
+        large_side: See `side`.
+        frames: Heights and widths of certain frames for a network of 640 x 640.
+        nms_rows: Rows in random cases of NMS.
+        crowds: Rows above the confidence, boxes to keep, and whether they have few distinct corners.
+        network: Height and width of the input of networks with masks.
+    """
+
+    side: int
+    large_side: int
+    frames: tuple[tuple[int, int], ...]
+    nms_rows: int
+    crowds: tuple[tuple[int, int, bool], ...]
+    network: tuple[int, int]
+
+
+USUAL = Scale(
+    side=160,
+    large_side=700,
+    frames=((1080, 1920), (2160, 3840), (1280, 1280), (640, 640), (720, 1280), (479, 637), (4000, 1), (3, 4000)),
+    nms_rows=3000,
+    crowds=(
+        (30_500, 300, False),
+        (70_001, 300, True),
+        (102_000, 300, False),
+        (31_000, 100_000, True),
+        (300_000, 300, False),
+    ),
+    network=(192, 320),
+)
+SMALL = Scale(side=40, large_side=80, frames=((48, 64),), nms_rows=700, crowds=((1100, 40, True),), network=(32, 64))
+"""For racecheck, under which a kernel takes a thousand times as long."""
 
 
 class CupyMachine:
@@ -65,10 +131,18 @@ class CupyMachine:
         self.cupy.cuda.get_current_stream().synchronize()  # launches may follow on another stream
         return buffer
 
+    def page_lock(self, array: np.ndarray) -> np.ndarray:
+        buffer = self.device.page_locked(array.nbytes).view(array.dtype).reshape(array.shape)
+        buffer[...] = array
+        return buffer
+
     def address(self, buffer) -> int:
-        return buffer.data.ptr
+        return buffer.ctypes.data if isinstance(buffer, np.ndarray) else buffer.data.ptr
 
     def download(self, buffer) -> np.ndarray:
+        if isinstance(buffer, np.ndarray):
+            self.cupy.cuda.runtime.deviceSynchronize()
+            return buffer
         return self.cupy.asnumpy(buffer)
 
 
@@ -83,17 +157,32 @@ class Report:
         print(f"{'FAIL' if wrong else 'ok  '} {name}: {wrong} of {total} cases differ {note}", flush=True)
 
 
-def check_letterbox(machine: CupyMachine, report: Report, cases: int) -> None:
+def check_letterbox(machine: CupyMachine, report: Report, cases: int, scale: Scale) -> None:
     rng = np.random.default_rng(0)
     wrong = 0
     for case in range(cases):
-        network, frame = letterbox_case(rng, 700 if case % 4 == 0 else 160)
-        frames = [picture(rng, *frame), picture(rng, *letterbox_case(rng, 160)[1])]
+        network, frame = letterbox_case(rng, scale.large_side if case % 4 == 0 else scale.side)
+        frames = [picture(rng, *frame), picture(rng, *letterbox_case(rng, scale.side)[1])]
         wrong += letterbox_differences(machine, network, frames, half=bool(case % 2), padding=case % 70) > 0
     report.check("letterbox, random sizes", wrong, cases)
-    frames = [(1080, 1920), (2160, 3840), (1280, 1280), (640, 640), (720, 1280), (479, 637), (4000, 1), (3, 4000)]
-    wrong = sum(letterbox_differences(machine, (640, 640), [picture(rng, *size)], half=False) > 0 for size in frames)
-    report.check("letterbox, common and extreme frames at 640", wrong, len(frames))
+    wrong = sum(
+        letterbox_differences(machine, (640, 640), [picture(rng, *size)], half=False) > 0 for size in scale.frames
+    )
+    report.check("letterbox, common and extreme frames at 640", wrong, len(scale.frames))
+
+
+def check_upload(machine: CupyMachine, report: Report, cases: int, scale: Scale) -> None:
+    rng = np.random.default_rng(6)
+    wrong = 0
+    for case in range(cases):
+        network, frame = letterbox_case(rng, scale.large_side if case % 4 == 0 else scale.side)
+        frames = [picture(rng, *frame), picture(rng, *letterbox_case(rng, scale.side)[1])]
+        how = {"half": bool(case % 2), "gathered": bool(case // 2 % 2)}
+        wrong += uploaded_letterbox_differences(machine, network, frames, **how) > 0
+    report.check("upload from page-locked memory and letterbox, random sizes", wrong, cases)
+    sizes = 16 * rng.integers(1, 20_000, max(cases // 10, 1))
+    wrong = sum(copied_differences(machine, rng.integers(0, 256, size, np.uint8)) > 0 for size in sizes)
+    report.check("copy from and to page-locked memory", wrong, len(sizes))
 
 
 def check_yololayer(machine: CupyMachine, report: Report) -> None:
@@ -115,11 +204,11 @@ def check_yololayer(machine: CupyMachine, report: Report) -> None:
     report.check("yololayer", wrong, total, f"(largest error {worst:.1f} units in the last place)")
 
 
-def check_nms(machine: CupyMachine, report: Report, cases: int) -> None:
+def check_nms(machine: CupyMachine, report: Report, cases: int, scale: Scale) -> None:
     rng = np.random.default_rng(2)
     wrong = 0
     for _ in range(cases):
-        rows, options, classes = nms_case(rng, 3000)
+        rows, options, classes = nms_case(rng, scale.nms_rows)
         results = suppress(machine, rows, options, classes=classes)
         wrong += not all(
             same_boxes(actual, expected_suppression(values, options))
@@ -131,15 +220,8 @@ def check_nms(machine: CupyMachine, report: Report, cases: int) -> None:
         rows, options = exact_overlap_case(rng)
         wrong += len(suppress(machine, rows, options, classes=1)[0]) != 2
     report.check("nms, overlaps of exactly the threshold", wrong, cases)
-    many = [
-        (30_500, 300, False),
-        (70_001, 300, True),
-        (102_000, 300, False),
-        (31_000, 100_000, True),
-        (300_000, 300, False),
-    ]
     wrong = 0
-    for count, limit, crowded in many:
+    for count, limit, crowded in scale.crowds:
         rows = nms_rows(rng, 2, count, classes=3, crowded=crowded)
         rows[..., 4] += 0.01
         options = NmsOptions(0.0, 0.45, limit)
@@ -147,7 +229,28 @@ def check_nms(machine: CupyMachine, report: Report, cases: int) -> None:
         again = suppress(machine, rows, options, classes=3)
         for actual, repeated, values in zip(results, again, rows, strict=True):
             wrong += not (same_boxes(actual, expected_suppression(values, options)) and same_boxes(actual, repeated))
-    report.check("nms, 30,500 to 300,000 rows above the confidence", wrong, 2 * len(many))
+    report.check("nms, crowds of rows above the confidence", wrong, 2 * len(scale.crowds))
+
+
+def check_masks(machine: CupyMachine, report: Report, cases: int, scale: Scale) -> None:
+    rng = np.random.default_rng(7)
+    wrong, worst, total = 0, 0.0, max(cases // 10, 1)
+    for case in range(total):
+        classes, masks = int(rng.choice([1, 3, 80])), int(rng.choice([1, 8, 32, 40]))
+        inputs = mask_case(rng, classes=classes, masks=masks, half=bool(case % 2), network=scale.network)
+        options = NmsOptions(0.3, float(rng.choice([0.02, 0.45])), int(rng.choice([1, 20, 300])))
+        letterboxes = [
+            Letterbox.fit(tuple(int(side) for side in rng.integers(8, 300, 2)), scale.network) for _ in range(3)
+        ]
+        found, crops, bits = detect_masks(machine, *inputs, options, letterboxes, whole_grids=options.max_detections)
+        for boxes, actual, mask, letterbox in zip(
+            masks_of_found(*inputs, found, scale.network), crops, bits, letterboxes, strict=True
+        ):
+            error = crops_error(actual or (), boxes.masks or ())
+            others = (mask != Masks(boxes.masks or (), letterbox).dense()).mean() if len(boxes) else 0.0
+            wrong += bool(not error <= MASK_TOLERANCE or others > OTHER_PIXELS)
+            worst = max(worst, error)
+    report.check("masks, random cases", wrong, 3 * total, f"(largest error {worst:.1e})")
 
 
 def median_us(machine: CupyMachine, enqueue: Callable[[int, object], None]) -> float:
@@ -203,6 +306,89 @@ def time_letterbox(machine: CupyMachine, rate: float) -> None:
 
             time_us = median_us(machine, launch)
             show(f"letterbox 1080p -> 640 {'fp16' if half else 'fp32'}, {name}", time_us, floor, rate)
+
+
+def bus_rate(machine: CupyMachine) -> float:
+    """Measured bytes a microsecond of a copy from page-locked host memory."""
+    size = 1 << 26
+    source, target = machine.page_lock(np.zeros(size, np.uint8)), machine.cupy.empty(size, np.uint8)
+
+    def copy(_: int, stream: object) -> None:
+        target.data.copy_from_host_async(ctypes.c_void_p(machine.address(source)), size, stream)
+
+    return size / median_us(machine, copy)
+
+
+def time_upload(machine: CupyMachine, rate: float) -> None:
+    rng = np.random.default_rng(8)
+    letterbox, upload, copy = (
+        LetterboxKernel(machine.device, (640, 640), half=True),
+        UploadKernel(machine.device),
+        CopyKernel(machine.device),
+    )
+    for size in ((1080, 1920), (720, 1280)):
+        needed = 3 * size[1] * letterbox.needed_rows(size).count
+        frames = [machine.page_lock(picture(rng, *size)) for _ in range(REPEATS)]
+        room = machine.upload(np.zeros(upload_bytes(needed), np.uint8))
+        plans = [
+            machine.upload(letterbox.upload_plan(size, machine.address(room), machine.address(frame), gathered=False))
+            for frame in frames
+        ]
+
+        def launch(index: int, stream: object, plans=plans) -> None:
+            upload.launch(machine.address(plans[index]), letterbox.plan_bytes, 1, stream)
+
+        show(f"upload {size[0]}p -> 640", median_us(machine, launch), needed, rate)
+    plan = machine.page_lock(np.zeros(letterbox.plan_bytes, np.uint8))
+    target = machine.upload(plan)
+    time_us = median_us(
+        machine,
+        lambda _, stream: copy.launch(machine.address(target), machine.address(plan), plan.nbytes, stream),
+    )
+    show("copy of one plan", time_us, plan.nbytes, rate)
+
+
+def time_masks(machine: CupyMachine, rate: float) -> None:
+    """What a session does: crops and cells go to page-locked memory; and bits of a 1080p picture."""
+    rng = np.random.default_rng(9)
+    layer, heads, prototypes = mask_case(rng, classes=80, masks=32, half=True, batch=1, network=(640, 640))
+    buffers, planes = [machine.upload(head) for head in heads], machine.upload(prototypes)
+    heads_at = [machine.address(buffer) for buffer in buffers]
+    levels = machine.upload(MaskKernel.levels(heads_at, HEAD_SIZES))
+    decoder = YoloLayerKernel(machine.device, COCO_ANCHORS, COCO_STRIDES, 80, "best", half=True, mask_count=32)
+    rows = machine.upload(np.zeros((1, ROWS, BEST_VALUES), np.float32))
+    decoder.launch(heads_at, HEAD_SIZES, 1, machine.address(rows))
+    for count in (20, 300):
+        nms = NmsLayout(1, ROWS, count)
+        layout = MaskLayout(nms, layer.mask_count, (160, 160), (640, 640))
+        kernel = MaskKernel(machine.device, layout, 3, 80, half=True)
+        workspace, crops = (
+            machine.upload(np.zeros(size, np.uint8)) for size in (nms.workspace_bytes, layout.crops_bytes)
+        )
+        output, host_crops, cells = (
+            machine.page_lock(np.zeros(size, np.uint8))
+            for size in (nms.output_bytes, layout.crops_bytes, layout.cells_bytes)
+        )
+        kept, letterbox = machine.upload(np.zeros(count, np.int32)), Letterbox.fit((1080, 1920), (640, 640))
+        bits = machine.upload(np.zeros(layout.bits_bytes(letterbox.source_size), np.uint8))
+        at = [machine.address(buffer) for buffer in (levels, planes, rows, kept, crops, host_crops, cells, bits)]
+        suppression = NmsKernel(machine.device, nms, NmsOptions(0.25, 0.45, count), keeps_rows=True)
+        suppression.launch(at[2], machine.address(workspace), machine.address(output), kept_rows=at[3])
+        stages = {
+            "crops": lambda stream, kernel=kernel, at=at: kernel.launch_crops(*at[2:6], stream),
+            "cells": lambda stream, kernel=kernel, at=at: kernel.launch_cells(*at[:5], at[6], stream),
+            "bits of 1080p": lambda stream, kernel=kernel, at=at, letterbox=letterbox: kernel.launch_bits(
+                0, letterbox, at[4], at[6], at[7], stream
+            ),
+        }
+        times = {
+            name: median_us(machine, lambda _, stream, launch=launch: launch(stream)) for name, launch in stages.items()
+        }
+        (found,) = nms.detections(machine.download(output))
+        masks = layout.crops(machine.download(host_crops), machine.download(cells), 0, len(found)) or ()
+        written = 4 * sum(mask.values.size for mask in masks)
+        for name, time_us in times.items():
+            show(f"masks of {len(masks)} detections, {name}", time_us, written if name == "cells" else 0, rate)
 
 
 def time_yololayer(machine: CupyMachine, rate: float) -> None:
@@ -271,7 +457,8 @@ def time_nms(machine: CupyMachine, rate: float) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=1000, help="random cases of letterbox and of nms")
+    parser.add_argument("--cases", type=int, default=1000, help="random cases of letterbox, upload and nms")
+    parser.add_argument("--small", action="store_true", help="small pictures and few rows, for racecheck")
     parser.add_argument("--no-timing", action="store_true", help="compare only")
     options = parser.parse_args()
 
@@ -282,15 +469,22 @@ def main() -> int:
     driver = machine.cupy.cuda.runtime.driverGetVersion()
     print(f"{name}, compute capability {machine.device.capability}, driver's CUDA {driver}, NumPy {np.__version__}")
     report = Report()
-    check_letterbox(machine, report, options.cases)
+    scale = SMALL if options.small else USUAL
+    check_letterbox(machine, report, options.cases, scale)
+    check_upload(machine, report, options.cases, scale)
     check_yololayer(machine, report)
-    check_nms(machine, report, options.cases)
+    check_nms(machine, report, options.cases, scale)
+    check_masks(machine, report, options.cases, scale)
     if not options.no_timing:
         rate = bandwidth(machine)
         print(f"medians of {SAMPLES} graphs of {REPEATS} launches; device copy {rate / 1e3:.0f} GB/s")
         time_letterbox(machine, rate)
         time_yololayer(machine, rate)
         time_nms(machine, rate)
+        bus = bus_rate(machine)
+        print(f"copy from page-locked memory {bus / 1e3:.0f} GB/s, which the floors of these are from")
+        time_upload(machine, bus)
+        time_masks(machine, bus)
     return int(report.failed)
 
 

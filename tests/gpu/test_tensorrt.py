@@ -17,6 +17,9 @@ import cv2
 import numpy as np
 import pytest
 
+from tests.kernels.comparisons import crops_error
+from tests.official_masks import iou, letterboxed, official_masks
+from tests.reference import all_weights
 from yolotrt import BuildOptions, Detector, build_engine
 from yolotrt.engines.build import open_session
 from yolotrt.engines.file import EngineFile
@@ -29,21 +32,24 @@ pytest.importorskip("tensorrt", reason="TensorRT is not installed")
 from yolotrt.cuda.device import DEVICES, find_device  # noqa: E402
 from yolotrt.engines.gpu_session import GpuSession  # noqa: E402
 
-ENGINES = {
-    "yolov5n-fp32": BuildOptions(precision="fp32", optimization_level=1),
-    "yolov5n-fp16-dynamic": BuildOptions(precision="fp16", max_batch=8, optimization_level=1),
+FP32 = BuildOptions(precision="fp32", optimization_level=1)
+ENGINES = {"yolov5n-fp32": FP32, "yolov5n-fp16-dynamic": replace(FP32, precision="fp16", max_batch=8)}
+MASK_ENGINES = {
+    "derived_seg_nc80-fp32": FP32,
+    "derived_seg_nc80-fp16-dynamic": replace(FP32, precision="fp16", max_batch=2),
 }
 
 
 @pytest.fixture(scope="session")
 def engine(golden, tmp_path_factory) -> Callable[[str], EngineFile]:
-    """Engines of the official yolov5n by name, built at first use."""
+    """Engines of the reference checkpoints by name, built at first use."""
     folder = Path(os.environ.get("YOLOTRT_TEST_ENGINES") or tmp_path_factory.mktemp("engines"))
 
     def find(name: str) -> EngineFile:
         path = folder / f"{name}.engine"
         if not path.exists():
-            build_engine(golden / "weights" / "yolov5n.pt", path, backend="tensorrt", options=ENGINES[name])
+            weights, options = name.partition("-")[0], {**ENGINES, **MASK_ENGINES}[name]
+            build_engine(golden / "weights" / f"{weights}.pt", path, backend="tensorrt", options=options)
         return EngineFile.load(path)
 
     return find
@@ -79,6 +85,45 @@ def test_detections_are_those_of_the_official_code(engine, golden, pictures, eng
     confidences = float(np.abs(found.confidence - expected[f"{name}_square_conf"]).max())
     print(f"{engine_name}, {name}: corners within {corners:.3f} px, confidences within {confidences:.5f}")
     assert corners <= 2 and confidences <= 0.02
+
+
+@pytest.mark.parametrize("name", ["bus", "zidane"])
+@pytest.mark.parametrize("engine_name", MASK_ENGINES)
+def test_masks_are_those_of_the_official_code(engine, golden, engine_name, name):
+    class_ids, masks = official_masks(golden, name)
+    with Detector(engine(engine_name)) as detector:
+        for _ in range(3):  # enqueued, captured, replayed
+            found = detector(letterboxed(golden, name))
+            assert found.class_id.tolist() == class_ids
+            overlaps = [iou(mask, official) for mask, official in zip(found.mask, masks, strict=True)]
+            assert min(overlaps) >= 0.98
+    print(f"{engine_name}, {name}: overlaps of the masks from {min(overlaps):.4f}")
+
+
+def test_masks_of_batches_and_of_the_host_are_the_same(engine, pictures):
+    frames = list(pictures.values())
+    with open_session(engine("derived_seg_nc80-fp16-dynamic")) as session:
+        for options in (NmsOptions(), NmsOptions(max_detections=2), NmsOptions(0.1, 0.6)):
+            pending = [session.submit(frames, options) for _ in range(4)]
+            for boxes, on_cpu in zip(pending[0].result(), session._detect_on_host(frames, options), strict=True):
+                assert boxes.class_id.tolist() == on_cpu.class_id.tolist()
+                # the same heads and prototypes, so that exponentials and the order of sums are all that differs
+                assert crops_error(boxes.masks, on_cpu.masks) <= 1e-4
+            for other in pending[1:]:
+                for one, again in zip(pending[0].result(), other.result(), strict=True):
+                    assert crops_error(one.masks, again.masks) == 0
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 5e-3)])
+def test_a_classifier_gives_the_probabilities_of_the_cpu(tiny_classifier_engine, pictures, precision, tolerance):
+    weights = all_weights(tiny_classifier_engine.header.model)
+    options = BuildOptions(precision=precision, max_batch=2, optimization_level=1)
+    built = build_engine(weights, backend="tensorrt", options=options)
+    frames = list(pictures.values())
+    with Detector(built) as on_gpu, Detector(tiny_classifier_engine) as on_cpu:
+        for batch in (frames, frames[:1], frames, frames[1:]):
+            for one, other in zip(on_gpu(batch), on_cpu(batch), strict=True):
+                np.testing.assert_allclose(one.probabilities, other.probabilities, atol=tolerance)
 
 
 def test_batches_of_one_dynamic_engine_agree(engine, pictures):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import cv2
@@ -11,6 +12,7 @@ import numpy as np
 from yolotrt.cuda.kernels import (
     BEST_VALUES,
     KEEP_ALL_ROWS,
+    CopyKernel,
     Device,
     LetterboxKernel,
     MaskKernel,
@@ -48,6 +50,10 @@ class Machine(Protocol):
     device: Device
 
     def upload(self, array: np.ndarray) -> Any: ...
+
+    def page_lock(self, array: np.ndarray) -> Any:
+        """A copy in host memory that kernels read and write."""
+        ...
 
     def address(self, buffer: Any) -> int: ...
 
@@ -115,7 +121,7 @@ def uploaded_letterbox_differences(
     """Values that differ from the CPU's, where upload.cu fetches the frames, plus bytes fetched beside their room.
 
     Args:
-        machine: The device; its memory stands for the host's too.
+        machine: The device.
         network: Height and width of the network's input.
         frames: uint8 BGR pictures.
         half: Whether the input is float16.
@@ -127,7 +133,7 @@ def uploaded_letterbox_differences(
         size, rows = frame.shape[:2], kernel.needed_rows(frame.shape[:2])
         there = frame if rows.numbers is None or not gathered else frame[rows.numbers]
         # what is behind a frame may be fetched as padding, but must not reach the picture
-        sources.append(machine.upload(np.pad(there.ravel(), (0, upload_bytes(there.size) - there.size), "edge")))
+        sources.append(machine.page_lock(np.pad(there.ravel(), (0, upload_bytes(there.size) - there.size), "edge")))
         room = upload_bytes(rows.count * 3 * frame.shape[1])
         rooms.append(machine.upload(np.full(room + SENTINEL.size, SENTINEL[0], np.uint8)))
         addresses = machine.address(rooms[-1]), machine.address(sources[-1])
@@ -138,6 +144,18 @@ def uploaded_letterbox_differences(
     kernel.launch(machine.address(plan_buffer), machine.address(output), len(frames))
     beside = sum(int((machine.download(room)[-SENTINEL.size :] != SENTINEL).sum()) for room in rooms)
     return beside + _differences(machine.download(output), network, frames)
+
+
+def copied_differences(machine: Machine, content: np.ndarray) -> int:
+    """Bytes that copy.cu brings to the device and back wrongly, or writes behind the end; a multiple of 16 of them."""
+    copy = CopyKernel(machine.device)
+    device = machine.upload(np.full(content.size + SENTINEL.size, SENTINEL[0], np.uint8))
+    back = machine.page_lock(np.full(content.size + SENTINEL.size, SENTINEL[0], np.uint8))
+    source = machine.page_lock(content)
+    copy.launch(machine.address(device), machine.address(source), content.size)
+    copy.launch(machine.address(back), machine.address(device), content.size)
+    expected = np.concatenate((content, SENTINEL))
+    return sum(int((machine.download(buffer) != expected).sum()) for buffer in (device, back))
 
 
 SENTINEL = np.full(64, 0xA5, np.uint8)
@@ -231,12 +249,12 @@ def detect_masks(
     buffers = [machine.upload(head) for head in heads]
     planes = machine.upload(prototypes)
     rows = machine.upload(np.zeros((batch, nms.rows, BEST_VALUES), np.float32))
-    workspace, output, crops, host_crops, cells = (
-        machine.upload(np.full(size, 0xA5, np.uint8))
-        for size in (
-            *(nms.workspace_bytes, nms.output_bytes, layout.crops_bytes, layout.crops_bytes),
-            layout.cells_bytes + SENTINEL.size,
-        )
+    workspace, crops = (
+        machine.upload(np.full(size, 0xA5, np.uint8)) for size in (nms.workspace_bytes, layout.crops_bytes)
+    )
+    output, host_crops, cells = (
+        machine.page_lock(np.full(size, 0xA5, np.uint8))
+        for size in (nms.output_bytes, layout.crops_bytes, layout.cells_bytes + SENTINEL.size)
     )
     kept_rows = machine.upload(np.full((batch, options.max_detections), 7, np.int32))
     addresses = [machine.address(buffer) for buffer in buffers]
@@ -287,6 +305,24 @@ def expected_masks(
         with_masks(non_max_suppression(candidates, options, layer.mask_count), planes.astype(np.float32), network)
         for candidates, planes in zip(rows, prototypes, strict=True)
     ]
+
+
+def masks_of_found(
+    layer: YoloLayer,
+    heads: Sequence[np.ndarray],
+    prototypes: np.ndarray,
+    found: Sequence[Boxes],
+    network: tuple[int, int],
+) -> list[Boxes]:
+    """Boxes of a device with the CPU's masks: which of two nearly equal boxes NMS takes does not matter."""
+    decoded = layer.best([head.astype(np.float32) for head in heads])  # (batch, rows, 6 + coefficients)
+    masked = []
+    for rows, boxes, planes in zip(decoded, found, prototypes, strict=True):
+        own = np.column_stack([boxes.xyxy, boxes.confidence, boxes.class_id])  # (detections, 6)
+        nearest = np.array([np.abs(rows[:, :BEST_VALUES] - one).sum(1).argmin() for one in own], np.int64)
+        weighed = replace(boxes, coefficients=rows[nearest, BEST_VALUES:])
+        masked.append(with_masks(weighed, planes.astype(np.float32), network))
+    return masked
 
 
 def crops_error(actual: Sequence[MaskCrop], expected: Sequence[MaskCrop]) -> float:

@@ -86,6 +86,8 @@ class HostMachine:
     def upload(self, array: np.ndarray) -> np.ndarray:
         return np.array(array, order="C")
 
+    page_lock = upload
+
     def address(self, buffer: np.ndarray) -> int:
         return buffer.ctypes.data
 

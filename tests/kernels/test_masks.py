@@ -11,6 +11,7 @@ from comparisons import (
     detect_masks,
     expected_masks,
     mask_case,
+    masks_of_found,
 )
 
 from yolotrt.cuda.kernels import YoloLayerKernel
@@ -38,6 +39,7 @@ def test_masks_equal_the_reference(machine, classes, masks, half):
         assert len(found[picture]) == len(wanted) == OPTIONS.max_detections
         np.testing.assert_array_equal(found[picture].class_id, wanted.class_id)
         assert crops_error(crops[picture], wanted.masks) <= TOLERANCE
+        assert crops_error(crops[picture], masks_of_found(*case, found, NETWORK)[picture].masks) <= TOLERANCE
         dense = Masks(wanted.masks, LETTERBOXES[picture]).dense()
         assert bits[picture].shape == dense.shape
         # OpenCV may round places to 1/32 of a cell; where the values of noise cross the threshold, pixels change sides

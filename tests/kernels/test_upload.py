@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from comparisons import letterbox_case, picture, uploaded_letterbox_differences
+from comparisons import copied_differences, letterbox_case, picture, uploaded_letterbox_differences
 
 from yolotrt.cuda.kernels import _PLAN, CopyKernel, LetterboxKernel, NeededRows, UploadKernel, needed_rows, upload_bytes
 
@@ -110,6 +110,7 @@ def test_copying_copies_all_bytes_and_no_more(machine, size):
     CopyKernel(machine.device).launch(target.ctypes.data, source.ctypes.data, size)
     np.testing.assert_array_equal(target[:size], source)
     assert (target[size:] == 0xA5).all()
+    assert copied_differences(machine, source) == 0
 
 
 @pytest.mark.parametrize(
