@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PROGRAM = "yolotrt"
 DEFAULT_ENGINE = Path("yolotrt.engine")
 DEFAULT_OUTPUT = Path("runs/detect")
+DEFAULT_RAY_OUTPUT = Path("runs/ray")
 DEFAULT_EVAL_OUTPUT = Path("runs/eval")
 DEFAULT_BENCHMARK_OUTPUT = Path("runs/benchmark")
 DEFAULT_SAMPLES = Path("samples")
@@ -108,6 +109,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_build_options(_options_of((serialize,), building))
     _add_detect_options(_options_of((detect, webcam), parser.add_argument_group("detecting (-d, --webcam)")))
     _add_file_options(_options_of((detect,), parser.add_argument_group("files (-d)")))
+    _add_ray_options(_options_of((detect,), parser.add_argument_group("many machines (-d --ray)")))
     evaluating = parser.add_argument_group("evaluating (--eval, --benchmark --accuracy)")
     _add_data_options(_options_of((evaluate, benchmark), evaluating))
     _add_eval_options(_options_of((evaluate,), evaluating))
@@ -307,6 +309,19 @@ def _add_file_options(add: Callable[..., None]) -> None:
     add("--nvdec", action="store_true", help="decode videos on the GPU (needs PyNvVideoCodec and CuPy)")
 
 
+def _add_ray_options(add: Callable[..., None]) -> None:
+    add(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="on a Ray cluster: local (this machine), auto or HOST:PORT; Parquet files go to --out (default: runs/ray)",
+    )
+    add("--concurrency", type=int, metavar="N", help="workers, each with an engine (default: all GPUs, or CPUs)")
+    add("--gpus-per-worker", type=float, metavar="G", help="0.5 lets two workers share a GPU (default: 1)")
+    add("--annotate", action="store_true", help="workers write annotated pictures to --out, which all must reach")
+
+
 def _add_data_options(add: Callable[..., None]) -> None:
     add("--images", type=Path, metavar="DIR", help="pictures of a COCO json (default: its folder, or images/ in it)")
     add("--split", choices=("val", "test", "train"), default="val", help="of a data.yaml (default: %(default)s)")
@@ -485,6 +500,9 @@ def _int8_options(options: argparse.Namespace) -> Any:
 
 def detect(options: argparse.Namespace) -> int:
     """Detect objects in pictures, videos and streams (-d)."""
+    if options.ray is not None:
+        return _detect_on_cluster(options)
+    _refuse(options, _RAY_ONLY, "without --ray")
     from yolotrt.detector import Detector
     from yolotrt.media.run import Outputs, Run
     from yolotrt.media.sources import expand_sources
@@ -503,6 +521,48 @@ def detect(options: argparse.Namespace) -> int:
         )
         _add_views(run, detector, options, window=options.show)
         return run.execute()
+
+
+_RAY_ONLY = ("concurrency", "gpus_per_worker", "annotate")
+_NOT_WITH_RAY = (
+    "save_txt", "save_conf", "save_crops", "save_json", "save_jsonl", "save_csv", "show", "serve", "no_save", "nvdec",
+)  # fmt: skip
+
+
+def _refuse(options: argparse.Namespace, destinations: Sequence[str], where: str) -> None:
+    """Raise InputError for an option that has no effect."""
+    for destination in destinations:
+        name, default, _ = _COMMANDS_OF_OPTION[destination]
+        if getattr(options, destination) != default:
+            raise InputError(f"{name} has no effect {where}: leave it out")
+
+
+def _detect_on_cluster(options: argparse.Namespace) -> int:
+    """Detect on a Ray cluster (-d --ray)."""
+    _refuse(options, _NOT_WITH_RAY, "with --ray, which writes Parquet files to --out")
+    _check_engine(options)
+    options.out = options.out or DEFAULT_RAY_OUTPUT
+    from yolotrt.distributed.cluster import load_ray
+
+    load_ray()  # first, so that its absence is said as such
+    from yolotrt.distributed.run import DistributedRun, Settings
+    from yolotrt.media.sources import is_url, source_name
+
+    folder = source_name(options.out) if is_url(options.out) else str(options.out.absolute())
+    if not is_url(options.out):
+        _check_folder(options.out)
+    detector = {key: value for key, value in _detector_options(options).items() if key != "threads"}
+    settings = Settings(
+        options.ray,
+        folder,
+        concurrency=options.concurrency,
+        gpus_per_worker=options.gpus_per_worker,
+        threads=options.threads,
+        annotate=options.annotate,
+        span=_span(options),
+        detector=detector,
+    )
+    return DistributedRun(options.engine, options.detect_sources or _default_sources(), settings).execute()
 
 
 def _video_reader(options: argparse.Namespace) -> VideoReader:

@@ -51,17 +51,31 @@ def read_image(path: Path) -> npt.NDArray[np.uint8]:
         ImageError: if the file is missing, a directory, empty, cut off, damaged, no picture, or declares more pixels
             than OpenCV's limit (2**30 unless OPENCV_IO_MAX_IMAGE_PIXELS says otherwise).
     """
-    data = _read_bytes(path)
+    return decode_image(_read_bytes(path), path)
+
+
+def decode_image(data: bytes, name: Path | str) -> npt.NDArray[np.uint8]:
+    """Decode a picture's file content; see `read_image`.
+
+    Args:
+        data: The whole file.
+        name: What messages call it.
+
+    Raises:
+        ImageError: if it is empty, cut off, damaged, no picture, or declares too many pixels.
+    """
+    if not data:
+        raise ImageError(f"picture {name} is empty: make or download it again")
     if _is_cut_off(data):
-        raise ImageError(f"picture {path} is truncated, its end is missing: copy or download it again")
+        raise ImageError(f"picture {name} is truncated, its end is missing: copy or download it again")
     try:
         with opencv_quiet():
             image: Any = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except (cv2.error, MemoryError) as problem:
-        raise ImageError(_decode_failure(path, problem)) from problem
+        raise ImageError(_decode_failure(name, problem)) from problem
     if image is None:
         raise ImageError(
-            f"picture {path} cannot be decoded, it is damaged or in no format that OpenCV reads: "
+            f"picture {name} cannot be decoded, it is damaged or in no format that OpenCV reads: "
             "save it again as JPEG or PNG"
         )
     return np.ascontiguousarray(image, dtype=np.uint8)
@@ -139,14 +153,14 @@ def _png_has_end(data: bytes) -> bool:
     return False
 
 
-def _decode_failure(path: Path, problem: BaseException) -> str:
+def _decode_failure(name: Path | str, problem: BaseException) -> str:
     """The line for a decoder that raised."""
     text = str(problem)
     if "CV_IO_MAX_IMAGE" in text:
-        return f"picture {path} declares more pixels than OpenCV's limit: scale it down"
+        return f"picture {name} declares more pixels than OpenCV's limit: scale it down"
     if isinstance(problem, MemoryError) or getattr(problem, "code", 0) == cv2.Error.StsNoMem:
-        return f"picture {path} does not fit into memory: scale it down"
-    return f"picture {path} is damaged: save it again as JPEG or PNG"
+        return f"picture {name} does not fit into memory: scale it down"
+    return f"picture {name} is damaged: save it again as JPEG or PNG"
 
 
 def _encode_failure(path: Path, image: npt.NDArray[np.uint8]) -> str:

@@ -90,6 +90,17 @@ def count_frames(path: Path, span: Span) -> int | None:
         return None
 
 
+def declared_duration_s(path: Path) -> float | None:
+    """How long a video says that it is, in seconds, or None if that cannot be told without decoding."""
+    if not has_pyav():
+        return None
+    try:
+        with contextlib.closing(_VideoFile(path)) as video:
+            return video.declared_duration_s()
+    except VideoError:
+        return None
+
+
 @dataclass
 class Damage:
     """What was wrong with a video while it was read."""
@@ -129,6 +140,10 @@ class _VideoFile:
         first = min(round(span.start_s * rate), total)
         last = total if span.end_s is None else min(round(span.end_s * rate), total)
         return math.ceil((last - first) / span.stride)
+
+    def declared_duration_s(self) -> float | None:
+        """Seconds from the first to the last frame, as the file declares them; None if it does not."""
+        return float(self._stream.duration * self._stream.time_base) if self._stream.duration else None
 
     def frames(self, allocate: Allocate, span: Span) -> Generator[Frame, None, None]:
         """The frames of the span."""
