@@ -36,6 +36,7 @@ USAGE = f"""{PROGRAM} -s [--weights FILE] [--engine FILE] [option ...]
        {PROGRAM} --webcam [CAMERA] [--serve PORT] [option ...]
        {PROGRAM} --eval DATA [--engine FILE] [option ...]
        {PROGRAM} --benchmark [SOURCE ...] [--engine FILE | --weights FILE] [option ...]
+       {PROGRAM} --export-triton DIR [--engine FILE] [option ...]
        {PROGRAM} --info FILE"""
 
 EPILOG = """examples:
@@ -107,9 +108,12 @@ def make_parser() -> argparse.ArgumentParser:
     building = parser.add_argument_group("building (-s)")
     _add_weights_option(_options_of((serialize, benchmark), building))
     _add_build_options(_options_of((serialize,), building))
-    _add_detect_options(_options_of((detect, webcam), parser.add_argument_group("detecting (-d, --webcam)")))
+    detecting = parser.add_argument_group("detecting (-d, --webcam; thresholds also --export-triton)")
+    _add_threshold_options(_options_of((detect, webcam, export_triton), detecting))
+    _add_detect_options(_options_of((detect, webcam), detecting))
     _add_file_options(_options_of((detect,), parser.add_argument_group("files (-d)")))
     _add_ray_options(_options_of((detect,), parser.add_argument_group("many machines (-d --ray)")))
+    _add_triton_options(_options_of((export_triton,), parser.add_argument_group("serving (--export-triton)")))
     evaluating = parser.add_argument_group("evaluating (--eval, --benchmark --accuracy)")
     _add_data_options(_options_of((evaluate, benchmark), evaluating))
     _add_eval_options(_options_of((evaluate,), evaluating))
@@ -187,12 +191,37 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         help="measure speed with pictures (default: samples/)",
     )
     group.add_argument(
+        "--export-triton",
+        dest="triton_folder",
+        action=_SetCommand,
+        command=export_triton,
+        type=Path,
+        metavar="DIR",
+        help="write a model repository for the Triton Inference Server",
+    )
+    group.add_argument(
         "--info",
         dest="info_file",
         action=_SetCommand,
         command=info,
         metavar="FILE",
         help="describe a .pt, .wts, .safetensors or .engine file",
+    )
+
+
+def _add_triton_options(add: Callable[..., None]) -> None:
+    add("--triton-name", default="yolov5", metavar="NAME", help="of the model that clients ask (default: %(default)s)")
+    add(
+        "--triton-python-engine",
+        action="store_true",
+        help="run the engine in a Python model: the server lacks a backend",
+    )
+    add(
+        "--triton-instances",
+        type=int,
+        default=2,
+        metavar="N",
+        help="copies of each Python model (default: %(default)s)",
     )
 
 
@@ -270,9 +299,7 @@ def _class(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
-def _add_detect_options(add: Callable[..., None]) -> None:
-    from yolotrt.media.frames import RECONNECT_S
-
+def _add_threshold_options(add: Callable[..., None]) -> None:
     add("--conf", type=float, default=0.25, metavar="C", help="least confidence, 0 to 1 (default: %(default)s)")
     add(
         "--iou",
@@ -284,6 +311,11 @@ def _add_detect_options(add: Callable[..., None]) -> None:
     add("--max-det", type=int, default=300, metavar="N", help="detections a picture (default: %(default)s)")
     add("--classes", type=_class, nargs="+", metavar="CLASS", help="only these classes: names or indices")
     add("--agnostic-nms", action="store_true", help="boxes of different classes suppress each other")
+
+
+def _add_detect_options(add: Callable[..., None]) -> None:
+    from yolotrt.media.frames import RECONNECT_S
+
     add("--save-txt", action="store_true", help="write YOLO labels: class x y w h, normalised")
     add("--save-conf", action="store_true", help="add the confidence to --save-txt")
     add("--save-crops", action="store_true", help="write what is inside each box as a picture")
@@ -785,6 +817,28 @@ def _benchmark_engines(options: argparse.Namespace) -> list[Any]:
     return list(engines_for(weights, options.backends or [best.name], precisions, options.batches))
 
 
+def export_triton(options: argparse.Namespace) -> int:
+    """Write a model repository for the Triton Inference Server (--export-triton)."""
+    from yolotrt.detector import nms_options
+    from yolotrt.engines.file import EngineFile
+    from yolotrt.triton.repository import ServingOptions, export_repository
+
+    _check_engine(options)
+    engine = EngineFile.load(options.engine)
+    thresholds = {key: value for key, value in _detector_options(options).items() if key != "threads"}
+    serving = ServingOptions(
+        options.triton_name,
+        nms_options(engine, **thresholds),
+        python_engine=options.triton_python_engine,
+        instances=options.triton_instances,
+    )
+    folder = export_repository(engine, options.triton_folder, serving)
+    print(
+        f"{printable(str(folder))}: model {serving.name}; how to serve it is in {printable(str(folder / 'README.md'))}"
+    )
+    return 0
+
+
 def info(options: argparse.Namespace) -> int:
     """Describe a file (--info)."""
     from yolotrt.info import describe
@@ -799,6 +853,7 @@ _COMMAND_NAMES: dict[Callable[[argparse.Namespace], int], str] = {
     webcam: "--webcam",
     evaluate: "--eval",
     benchmark: "--benchmark",
+    export_triton: "--export-triton",
     info: "--info",
 }
 """How each command is called."""

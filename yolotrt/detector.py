@@ -74,8 +74,13 @@ class Detector:
         self._is_classifier = model.task == "classify"
         if self._is_classifier and classes is not None:
             raise InputError("a classifier weighs all its classes against each other: choose none")
-        self.options = _checked_options(
-            NmsOptions(confidence, iou, max_detections, _class_indices(classes, model.names), agnostic=agnostic)
+        self.options = nms_options(
+            self.engine,
+            confidence=confidence,
+            iou=iou,
+            max_detections=max_detections,
+            classes=classes,
+            agnostic=agnostic,
         )
         self._session = open_session(self.engine, threads=threads)
         self._is_closed = False
@@ -263,6 +268,24 @@ def _class_indices(classes: Sequence[int | str] | None, names: tuple[str, ...]) 
                 f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
             )
     return tuple(names.index(item) if isinstance(item, str) else int(item) for item in classes)
+
+
+def nms_options(
+    engine: EngineFile,
+    *,
+    confidence: float,
+    iou: float,
+    max_detections: int,
+    classes: Sequence[int | str] | None,
+    agnostic: bool,
+) -> NmsOptions:
+    """Thresholds for an engine, as `Detector` takes them.
+
+    Raises:
+        InputError: if one is out of range.
+    """
+    indices = _class_indices(classes, engine.header.model.names)
+    return _checked_options(NmsOptions(confidence, iou, max_detections, indices, agnostic=agnostic))
 
 
 def _checked_options(options: NmsOptions) -> NmsOptions:
