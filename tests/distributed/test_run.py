@@ -33,7 +33,7 @@ from yolotrt.media.video import read_video
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(items, "PICTURES_A_BLOCK", 3)
-    monkeypatch.setattr(run_module, "_RETRY_PAUSE_S", 0.1)
+    monkeypatch.setattr(run_module, "_RETRY_PAUSE_S", 0.5)
 
 
 def rows_of(folder: Path) -> list[dict]:

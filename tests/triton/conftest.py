@@ -1,7 +1,7 @@
 """A real Triton server, where the package nvidia-pytriton, which carries one, can be found.
 
-Its Python backend wants NumPy 1, which the tests' own environment does not have: the server gets one of its own, named by
-YOLOTRT_TRITON_PYTHON, with nvidia-pytriton and what yolotrt needs. See docs/scale.md.
+Its Python backend wants NumPy 1, which the environment of the tests does not have: the server gets one of its own,
+named by YOLOTRT_TRITON_PYTHON, with nvidia-pytriton and what yolotrt needs. See docs/scale.md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ START_S = 60
 PROBE = """
 import cv2, numpy, onnxruntime, pathlib, pytriton, sys, sysconfig
 assert int(numpy.__version__.split(".")[0]) < 2, "its NumPy is not 1"
-print(pathlib.Path(pytriton.__file__).parent, f"{sys.version_info[0]}.{sys.version_info[1]}", sysconfig.get_config_var("LIBDIR"))
+version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+print(pathlib.Path(pytriton.__file__).parent, version, sysconfig.get_config_var("LIBDIR"))
 """
 
 

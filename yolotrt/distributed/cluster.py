@@ -100,11 +100,9 @@ def one_line_errors(ray: Any) -> Iterator[None]:
     errors = ray.exceptions
     try:
         yield
-    except YolotrtError:
-        raise
     except errors.OutOfMemoryError as problem:
         raise WorkerLostError(_OUT_OF_MEMORY) from problem
-    except errors.RayTaskError as problem:
+    except errors.RayTaskError as problem:  # also derived from what the worker raised, with a traceback as its text
         raise _own_error(problem.cause, ray) from problem
     except (errors.RayError, ConnectionError) as problem:
         if "OutOfMemory" in str(problem) or "memory pressure" in str(problem):
