@@ -243,11 +243,9 @@ def _table_of(table: pa.Table, found: Sequence[Any]) -> pa.Table:
     rows = [_rows_of(result, error) for result, error in zip(found, errors, strict=True)]
     index = pa.array(np.repeat(np.arange(len(table)), [len(part) for part in rows]))
     replaced = {*PICTURE_COLUMNS, *(name for name, _ in _RESULT_FIELDS)}
-    kept = table.select([name for name in table.column_names if name not in replaced]).take(index)
+    kept = [name for name in table.column_names if name not in replaced]
     flat = pa.Table.from_pylist([row for part in rows for row in part], pa.schema(_RESULT_FIELDS))
-    for name in flat.column_names:
-        kept = kept.append_column(name, flat[name])
-    return kept
+    return pa.table({**{name: table[name].take(index) for name in kept}, **{n: flat[n] for n in flat.column_names}})
 
 
 def _rows_of(result: Any, error: str | None) -> list[dict[str, Any]]:
