@@ -352,10 +352,10 @@ class HostGpuDevice(GpuDevice):
         assert source % 16 == target % 16 == 0
 
     def _check_select(self, *arguments: int) -> None:
-        """The result goes straight to the host; kept rows stay."""
+        """The kernel reads boxes that it has kept: its result must not be across the bus."""
         (most, counts, boxes), kept_rows = arguments[9:12], arguments[12:]
-        self._require(self.page_locked_memory, counts, 4)
-        self._require(self.page_locked_memory, boxes, 4 * BEST_VALUES * most)
+        self._require(self.device_memory, counts, 4)
+        self._require(self.device_memory, boxes, 4 * BEST_VALUES * most)
         for address in kept_rows:
             self._require(self.device_memory, address, 4 * most)
 

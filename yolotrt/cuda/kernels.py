@@ -538,8 +538,8 @@ class NmsKernel:
         Args:
             rows: Address of float32 [batch, rows, 6].
             workspace: Address of `layout.workspace_bytes` bytes.
-            output: Address of `layout.output_bytes` bytes, in device memory or in page-locked host memory: they are
-                only written, and each once.
+            output: Address of `layout.output_bytes` bytes of device memory: with more than 512 candidates, kept boxes
+                are read back.
             class_mask: Address of a `class_mask`, or 0.
             stream: Where to enqueue.
             kept_rows: Address of int32 [batch, max_detections] where the kernel keeps rows.

@@ -260,9 +260,8 @@ class _Lane:
         self._rows = tensors[header.outputs[0].name] if self._yololayer is None else self._yololayer.rows
         self._plans = _Plans(device, self._letterbox.plan_bytes, high)
         self._slots = [_Slot(device, self._letterbox, plan) for plan in self._plans.host]
-        has_masks = header.model.task == "segment"
-        self._nms = _Nms(device, row_count, high, len(header.model.names), keeps_rows=has_masks)
-        self._has_masks = has_masks
+        self._has_masks = header.model.task == "segment"
+        self._nms = _Nms(device, row_count, high, len(header.model.names), keeps_rows=self._has_masks)
         self._masks: _Masks | None = None  # until their number is known
         self._started = 0, 0  # frames and batch size of the batch under way
 
@@ -346,7 +345,7 @@ class _Lane:
 
     def _set_options(self, options: NmsOptions) -> None:
         """Use other options. All or nothing: what graphs refer to stays if memory runs out."""
-        if options == self._nms.options:
+        if options is self._nms.options or options == self._nms.options:
             return
         masks = None
         if self._has_masks and self._yololayer is not None:
@@ -537,6 +536,7 @@ class _Nms:
         self._kernels: dict[int, NmsKernel] = {}
         self._results: dict[int, tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]] = {}
         self._workspace = device.allocate(NmsLayout(largest_batch, row_count, 1).workspace_bytes)
+        self._copy = CopyKernel(device)
 
     def set_options(self, options: NmsOptions) -> None:
         """Use other options; graphs are out of date then."""
@@ -545,21 +545,26 @@ class _Nms:
             self._device, layout, options, keeps_rows=self._keeps_rows
         )  # refuses wrong options before anything is enqueued
         mask = self._class_mask(options)
-        output = self._device.page_locked(layout.output_bytes)
+        room = upload_bytes(layout.output_bytes)
+        output, host_output = self._device.allocate(room), self._device.page_locked(room)
         # all or nothing: graphs that hold the old addresses stay valid if memory runs out above
         self._kernels, self._results = {layout.batch: kernel}, {}
-        self._mask, self._output, self.options = mask, output, options
+        self._mask, self._output, self._host_output, self.options = mask, output, host_output, options
 
     def enqueue(self, rows: int, kept_rows: int, batch: int, stream: Any) -> None:
-        """Write the boxes of `rows` into page-locked memory, and which rows they are where those are to be kept."""
-        output = self._output.ctypes.data
-        self._kernel(batch).launch(rows, self._workspace.address, output, self._mask.address, stream, kept_rows)
+        """Write the boxes of `rows` into page-locked memory, and which rows they are where those are to be kept.
+
+        With many candidates the kernel reads boxes that it has kept, so they leave the device when they are complete.
+        """
+        kernel, output = self._kernel(batch), self._output.address
+        kernel.launch(rows, self._workspace.address, output, self._mask.address, stream, kept_rows)
+        self._copy.launch(self._host_output.ctypes.data, output, upload_bytes(kernel.layout.output_bytes), stream)
 
     def boxes(self, count: int, batch: int) -> list[Boxes]:
         """Boxes of the first `count` pictures of a finished batch."""
         results = self._results.get(batch)
         if results is None:
-            results = self._results[batch] = self._kernel(batch).layout.split(self._output)
+            results = self._results[batch] = self._kernel(batch).layout.split(self._host_output)
         counts, rows = results
         return [boxes_of(rows[index], int(counts[index])) for index in range(count)]
 
