@@ -14,7 +14,7 @@ OBJECTS = "objects"
 """``mse`` of the values where objects are; see `yolotrt.calibration.objects`."""
 
 AUTO_METHOD = "auto"
-"""Of `AUTO_METHODS` the one with the higher signal-to-noise ratio; see `yolotrt.calibration.sensitivity`."""
+"""The second of `AUTO_METHODS` if its signal-to-noise ratio is clearly higher; see `yolotrt.calibration.prepare`."""
 
 AUTO_METHODS = ("mse", OBJECTS)
 

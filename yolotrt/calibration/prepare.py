@@ -13,6 +13,9 @@ from yolotrt.errors import InputError
 from yolotrt.network.quantize import ONNX_RUNTIME, TENSORRT, Placement, Quantization
 from yolotrt.weights import Weights
 
+CLEARLY_DB = 1.0
+"""``objects`` is taken if it is so much better than ``mse``: a tie on eight pictures decides nothing."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -66,17 +69,18 @@ def prepare(
 def _find_table(
     weights: Weights, weights_sha256: str, imgsz: tuple[int, int], options: Int8Options, placement: Placement
 ) -> FoundTable:
-    """The scales by the method asked for; ``auto`` is the one with the least error, measured on a few pictures."""
+    """The scales by the method asked for; ``auto`` is ``objects`` where that is clearly better."""
     if options.method != AUTO_METHOD or (options.table is not None and options.table.exists()):
         return find_table(weights, weights_sha256, imgsz, options)
     from yolotrt.calibration.sensitivity import Heads, some_pictures
 
-    found = [
+    usual, at_objects = (
         find_table(weights, weights_sha256, imgsz, replace(options, method=method, table=None))
         for method in AUTO_METHODS
-    ]
+    )
     heads = Heads(weights, imgsz, list(some_pictures(PictureFeed.find(options.calib, imgsz))))
-    best = max(found, key=lambda row: heads.snr_db(Quantization(row.table.scales), placement))
+    snr_db = [heads.snr_db(Quantization(row.table.scales), placement) for row in (usual, at_objects)]
+    best = at_objects if snr_db[1] > snr_db[0] + CLEARLY_DB else usual
     if options.table is None:
         return best
     best.table.save(options.table)
