@@ -94,6 +94,7 @@ def test_only_what_is_missing_is_done(ray_cluster, engine_path, pictures, capsys
     assert untouched == {path: path.stat().st_mtime_ns for path in untouched}
 
 
+@pytest.mark.slow
 def test_a_lost_worker_costs_nothing(ray_cluster, engine_path, pictures, monkeypatch, capsys):
     """The process of a detector is killed after the first finished block, as the kernel does when memory ends."""
     folder = pictures.parent / "out"
@@ -108,7 +109,7 @@ def test_a_lost_worker_costs_nothing(ray_cluster, engine_path, pictures, monkeyp
                 os.kill(pid, signal.SIGKILL)
 
     monkeypatch.setattr(DistributedRun, "_record", record_and_kill)
-    for number in range(10, 60):  # enough that work is left when the first block is finished
+    for number in range(10, 40):  # enough that work is left when the first block is finished
         (pictures / f"{number}.png").write_bytes((pictures / f"{number % 10}.png").read_bytes())
     assert DistributedRun(engine_path, [pictures], Settings("local", str(folder), concurrency=1)).execute() == 1
     assert killed

@@ -189,8 +189,8 @@ class DistributedRun:
     def _work_off(self, ray: Any, blocks: Sequence[Block]) -> None:
         """Finish all blocks; after a loss those that are left, on what is left of the cluster.
 
-        Ray could bring lost workers back by itself, but waits without end where the machines that are left have no room
-        for them.
+        Ray could try again by itself what a lost worker had in hand, but waits without end where the machines that are
+        left have no room for the worker. One that was idle Ray may bring back: nothing waits for it.
         """
         left = {block.key: block for block in blocks}
         failures = 0
@@ -241,7 +241,7 @@ class DistributedRun:
             num_cpus=readers.cpus,
         )
         with warnings.catch_warnings():
-            # there is no other way yet to say that lost workers stay lost, see _work_off
+            # there is no other way yet to say that what a lost worker had in hand fails at once, see _work_off
             warnings.filterwarnings("ignore", ".*ray_remote_args.*")
             results = detect(
                 dataset,
@@ -250,7 +250,7 @@ class DistributedRun:
                 gpus_per_worker=settings.gpus_per_worker,
                 threads=settings.threads or 1,
                 pictures=f"{settings.folder}/{PICTURES}" if settings.annotate else None,
-                ray_options={"max_restarts": 0, "max_task_retries": 0},
+                ray_options={"max_restarts": -1, "max_task_retries": 0},
                 **settings.detector,
             )
         return iter(results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
