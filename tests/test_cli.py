@@ -782,7 +782,10 @@ def bad_files(golden, monkeypatch) -> None:
         ("--info cut.engine", r"engine cut\.engine .*: copy it again or build it again"),
         ("--info cut.pt", r"checkpoint cut\.pt"),
         ("--info picture.jpg", "it seems to be a picture"),
-        ("", "one of the arguments -s/--serialize -d/--detect --webcam --eval --benchmark --info is required"),
+        (
+            "",
+            "one of the arguments -s/--serialize -d/--detect --webcam --eval --benchmark --export-triton --info is required",
+        ),
         ("--info a -s", "not allowed with argument"),
         ("-s picture.jpg", r"unrecognized arguments: picture\.jpg"),
         ("-d picture.jpg --nonsense", "unrecognized arguments: --nonsense"),

@@ -34,6 +34,7 @@ def load_ray() -> Any:
         BackendUnavailableError: if it is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # lines for Ray's developers, on the terminal
     try:
         import ray
         import ray.data
