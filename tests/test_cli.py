@@ -784,7 +784,8 @@ def bad_files(golden, monkeypatch) -> None:
         ("--info picture.jpg", "it seems to be a picture"),
         (
             "",
-            "one of the arguments -s/--serialize -d/--detect --webcam --eval --benchmark --export-triton --info is required",
+            "one of the arguments -s/--serialize -d/--detect --webcam --eval --benchmark --export-triton --info "
+            "is required",
         ),
         ("--info a -s", "not allowed with argument"),
         ("-s picture.jpg", r"unrecognized arguments: picture\.jpg"),
