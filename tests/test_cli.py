@@ -692,7 +692,7 @@ def bad_files(golden, monkeypatch) -> None:
         ("-s --weights good.pt --imgsz 64 0", r"image size \(64, 0\): choose a number of pixels"),
         ("-s --weights good.pt --imgsz 64 1", "64x1 does not fit this model: .*: use --imgsz 64 32"),
         ("-s --weights good.pt --imgsz 1 2 3", "--imgsz takes one or two numbers, not 3"),
-        ("-s --weights good.pt --batch 0", "batch sizes 0, 0, 0 are not in order: choose 1 <= min"),
+        ("-s --weights good.pt --batch 0", "batch size 0 is out of range: choose 1 to 1024"),
         ("-s --weights good.pt --batch 2 --max-batch 4", "--batch makes a static batch: leave out --min-batch"),
         ("-s --weights good.pt --min-batch 0 --max-batch 4", "batch sizes 0, 4, 4 are not in order"),
         ("-s --weights good.pt --min-batch 4 --max-batch 2", "batch sizes 4, 2, 2 are not in order"),
@@ -788,8 +788,14 @@ def bad_files(golden, monkeypatch) -> None:
             "is required",
         ),
         ("--info a -s", "not allowed with argument"),
-        ("-s picture.jpg", r"unrecognized arguments: picture\.jpg"),
-        ("-d picture.jpg --nonsense", "unrecognized arguments: --nonsense"),
+        (
+            "-s picture.jpg",
+            r"unrecognized arguments: picture\.jpg \(a weight file is named with --weights\): see python",
+        ),
+        ("-d picture.jpg --nonsense", r"unrecognized arguments: --nonsense: see python -m yolotrt --help"),
+        ("-d picture.jpg --cofn 0.3", r"unrecognized arguments: --cofn \(did you mean --conf\?\)"),
+        ("-d picture.jpg --save-jsno=a.json", r"--save-jsno=a\.json \(did you mean --save-json\?\)"),
+        ("-d picture.jpg --classes brid", "class 'brid' does not exist, but 'bird' does: the model has classes 0 to 2"),
     ],
 )
 def test_bad_input_gets_one_line_and_leaves_no_file(run, argv, message):

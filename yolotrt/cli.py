@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yolotrt
 from yolotrt.errors import InputError, OutputError
@@ -80,21 +81,44 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options; sources may also stand after other options, as in ``-d --no-save bus.jpg``."""
     parser = make_parser()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments:
+        parser.print_usage(sys.stderr)
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options, rest = parser.parse_known_args(arguments[:end])
     wrong = [argument for argument in rest if argument.startswith("-")]
     rest += arguments[end + 1 :]  # after -- even a name that begins with a dash is a source
     takes_sources = options.command in {detect, benchmark}
     if wrong or (rest and not takes_sources):
-        parser.error(f"unrecognized arguments: {' '.join(wrong or rest)}")
+        parser.reject(wrong or rest, takes_weights=options.command is serialize)
     if takes_sources:
         options.detect_sources.extend(rest)
     return options
 
 
-def make_parser() -> argparse.ArgumentParser:
+class _Parser(argparse.ArgumentParser):
+    """Answers a mistake with one line; a page of usage above it would hide what was wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2."""
+        self.exit(2, f"{PROGRAM}: error: {printable(message)}: see python -m {PROGRAM} --help\n")
+
+    def reject(self, arguments: Sequence[str], *, takes_weights: bool) -> NoReturn:
+        """End because of arguments that no option takes, with what was probably meant."""
+        similar = difflib.get_close_matches(
+            arguments[0].partition("=")[0], self._option_string_actions, n=1, cutoff=0.75
+        )
+        if arguments[0].startswith("--") and similar:
+            hint = f" (did you mean {similar[0]}?)"
+        elif takes_weights and not arguments[0].startswith("-"):
+            hint = " (a weight file is named with --weights)"
+        else:
+            hint = ""
+        self.error(f"unrecognized arguments: {' '.join(arguments)}{hint}")
+
+
+def make_parser() -> _Parser:
     """All options, in the groups of the commands that they belong to."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=PROGRAM,
         usage=USAGE,
         description="YOLOv5 on TensorRT; on ONNX Runtime where there is no GPU.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -255,6 +256,12 @@ def _size(image: Image) -> tuple[int, int]:
     return image.shape[0], image.shape[1]
 
 
+def _similar(item: int | str, names: tuple[str, ...]) -> str:
+    """The name that was probably meant, in words, or nothing."""
+    found = difflib.get_close_matches(str(item), names, n=1)
+    return f", but {found[0]!r} does" if found else ""
+
+
 def _class_indices(classes: Sequence[int | str] | None, names: tuple[str, ...]) -> tuple[int, ...] | None:
     """Indices of the classes, each given as an index or a name."""
     if classes is None:
@@ -264,7 +271,7 @@ def _class_indices(classes: Sequence[int | str] | None, names: tuple[str, ...]) 
     for item in classes:
         if item not in names if isinstance(item, str) else not 0 <= item < len(names):
             raise InputError(
-                f"class {item!r} does not exist: the model has classes 0 to {len(names) - 1}: "
+                f"class {item!r} does not exist{_similar(item, names)}: the model has classes 0 to {len(names) - 1}: "
                 f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
             )
     return tuple(names.index(item) if isinstance(item, str) else int(item) for item in classes)

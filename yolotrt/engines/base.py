@@ -91,6 +91,8 @@ class BuildOptions:
             raise InputError(f"precision {self.precision!r} is not known: choose one of {', '.join(PRECISIONS)}")
         low, usual, high = self.batch_range
         if not all(isinstance(size, int) for size in self.batch_range) or not 1 <= low <= usual <= high <= MAX_BATCH:
+            if low == usual == high:
+                raise InputError(f"batch size {low} is out of range: choose 1 to {MAX_BATCH}")
             raise InputError(
                 f"batch sizes {low}, {usual}, {high} are not in order: choose 1 <= min <= opt <= max <= {MAX_BATCH}"
             )
