@@ -432,3 +432,17 @@ def test_the_command_line_reaches_the_run(engine_file, capsys):
     argv = "-d clip.mp4 --engine tiny.engine --stride 5 --start 0.4 --end 0:01.2 --no-save --save-csv r.csv --conf 0.9"
     assert main(argv.split()) == 0
     assert capsys.readouterr().out.startswith("4 frames of 1 video: ")
+
+
+def test_a_start_after_the_end_of_the_video_is_an_error(engine_file, capsys):
+    make_video(Path("clip.mp4"), 50)
+    assert main(["-d", "clip.mp4", "--engine", "tiny.engine", "--start", "1:00", "--no-save"]) == 2
+    assert "error: video clip.mp4 has no frame between --start and --end: choose an earlier" in capsys.readouterr().err
+
+
+def test_a_video_on_the_web_that_cannot_be_reached_is_named_without_its_password(engine_file, capsys):
+    pytest.importorskip("av")
+    assert main(["-d", "http://user:secret@127.0.0.1:1/clip.mp4", "--engine", "tiny.engine", "--no-save"]) == 2
+    error = capsys.readouterr().err
+    assert "error: video http://127.0.0.1:1/clip.mp4 cannot be read (Connection refused): check the address" in error
+    assert "secret" not in error

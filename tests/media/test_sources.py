@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from yolotrt.errors import InputError
-from yolotrt.media.sources import MEDIA_SUFFIXES, expand_sources, is_video, source_name
+from yolotrt.media.sources import MEDIA_SUFFIXES, expand_sources, is_video, public_name, source_name
 
 
 @pytest.fixture
@@ -187,3 +187,21 @@ def test_a_list_may_name_cameras_streams_and_videos(home: Path) -> None:
 def test_a_video_is_known_by_its_name(source: str, expected: bool) -> None:
     assert is_video(Path(source)) is expected
     assert source_name(Path(source)) == source
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("rtsp://user:secret@host/live", "rtsp://host/live"),
+        ("https://user:secret@host:8000/clip.mp4", "https://host:8000/clip.mp4"),
+        ("folder/a@b.mp4", "folder/a@b.mp4"),
+        ("0", "0"),
+    ],
+)
+def test_a_password_is_not_shown(source: str, expected: str) -> None:
+    assert public_name(source) == expected
+
+
+def test_the_error_about_a_picture_on_the_web_has_no_password() -> None:
+    with pytest.raises(InputError, match=r"^source https://host/a\.jpg is a picture on the web: download it first$"):
+        expand_sources(["https://user:secret@host/a.jpg"])

@@ -21,6 +21,7 @@ import numpy as np
 from yolotrt.errors import VideoError
 from yolotrt.media.frames import LIVE_TIME_BASE, RECONNECT_S, Allocate, Clip, Frame, Image, Span, host_memory
 from yolotrt.media.images import opencv_quiet
+from yolotrt.media.sources import public_name
 from yolotrt.media.video import (
     DEFAULT_RATE,
     declared_rate,
@@ -176,11 +177,6 @@ def open_reader(source: str) -> Reader:
     if "://" in source:
         return StreamReader(source) if has_pyav() else CameraReader(source)
     return VirtualCamera(Path(source))
-
-
-def public_name(source: str) -> str:
-    """The source without the user name and password of a URL."""
-    return re.sub(r"(?<=://)[^/]*@", "", source)
 
 
 def result_stem(source: str) -> str:

@@ -31,7 +31,7 @@ from yolotrt.media.sinks import (
     ResultNames,
     Sink,
 )
-from yolotrt.media.sources import is_video
+from yolotrt.media.sources import is_video, public_name, source_name
 from yolotrt.media.video import count_frames, read_video
 from yolotrt.shell import print_beside_progress, printable
 
@@ -208,11 +208,26 @@ class Run:
         for path in self._files:
             try:
                 if is_video(path):
-                    yield from self._reader(path, allocate, self._span)
+                    yield from self._frames_of(path, allocate)
                 else:
                     yield Frame(path, read_image(path))
             except (ImageError, VideoError) as error:
                 self._note_failure(error)
+
+    def _frames_of(self, path: Path, allocate: Allocate) -> Iterator[Frame]:
+        """The frames of a video's span.
+
+        Raises:
+            VideoError: if it cannot be read, or has none: the user would take silence for success.
+        """
+        frames = self._reader(path, allocate, self._span)
+        first = next(frames, None)
+        if first is None:
+            name = public_name(source_name(path))
+            raise VideoError(f"video {name} has no frame between --start and --end: choose an earlier --start")
+        yield first
+        del first  # its memory is to be used again
+        yield from frames
 
     def _detect(self, inbox: Inbox) -> Generator[Found, None, None]:
         """Detections of frames, in batches as large as the engine takes; of live frames, as large as are there."""

@@ -16,7 +16,8 @@ import cv2
 
 from yolotrt.errors import InputError, OutputError
 from yolotrt.media.frames import Found, Image
-from yolotrt.media.live import Status, public_name
+from yolotrt.media.live import Status
+from yolotrt.media.sources import public_name
 from yolotrt.media.window import FrameRate
 from yolotrt.shell import THREAD_PREFIX
 

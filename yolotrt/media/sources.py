@@ -88,6 +88,11 @@ def source_name(path: Path) -> str:
     return f"{scheme}://{rest.lstrip('/')}" if is_url(path) else str(path)
 
 
+def public_name(source: str) -> str:
+    """The source without the user name and password of a URL."""
+    return re.sub(r"(?<=://)[^/]*@", "", source)
+
+
 def _expand(source: str | Path) -> Sequence[Path | str]:
     """The files, cameras and streams of one source."""
     text = str(source)
@@ -128,7 +133,7 @@ def _url(text: str) -> Path | str | None:
     url = source_name(Path(text)) if "://" not in text else text
     ending = Path(urlsplit(url).path).suffix.lower()
     if ending in PICTURE_SUFFIXES:
-        raise InputError(f"source {url} is a picture on the web: download it first")
+        raise InputError(f"source {public_name(url)} is a picture on the web: download it first")
     return Path(url) if url.lower().startswith("http") and ending in _FILE_URL_SUFFIXES else url
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from yolotrt.errors import BackendUnavailableError, VideoError
 from yolotrt.files import require_file
 from yolotrt.media.frames import Allocate, Clip, ColorTags, Frame, Image, Span
-from yolotrt.media.sources import is_url, source_name
+from yolotrt.media.sources import is_url, public_name, source_name
 
 log = logging.getLogger(__name__)
 
@@ -114,13 +114,13 @@ class _VideoFile:
     def __init__(self, path: Path) -> None:
         self._av = load_pyav()
         self._path = path
+        self._name = public_name(source_name(path))
         self._origin: int | None = None
         try:
             self._container = self._av.open(source_name(path), timeout=_READ_TIMEOUT_S)
         except (self._av.FFmpegError, OSError) as problem:
-            raise VideoError(
-                f"video {path} cannot be read ({reason(problem)}), it is damaged, cut off or no video: copy it again"
-            ) from problem
+            remedy = ": check the address" if is_url(path) else ", it is damaged, cut off or no video: copy it again"
+            raise VideoError(f"video {self._name} cannot be read ({reason(problem)}){remedy}") from problem
         try:
             self._stream = self._video_stream()
         except VideoError:
@@ -169,11 +169,11 @@ class _VideoFile:
         """The first video stream, ready to decode."""
         streams = self._container.streams.video
         if not streams:
-            raise VideoError(f"video {self._path} holds no moving pictures: name another file")
+            raise VideoError(f"video {self._name} holds no moving pictures: name another file")
         stream = streams[0]
         if stream.codec_context is None:
             raise VideoError(
-                f"video {self._path} is in a codec that this FFmpeg has no decoder for: "
+                f"video {self._name} is in a codec that this FFmpeg has no decoder for: "
                 f"convert it, as with ffmpeg -i {self._path.name} -c:v libx264 new.mp4"
             )
         stream.thread_type = "AUTO"
@@ -195,7 +195,7 @@ class _VideoFile:
                     last = max(pts, last + 1)  # some files repeat times
                     yield raw, last
             except self._av.FFmpegError as problem:
-                log.info("%s: a packet cannot be decoded: %s", self._path, reason(problem))
+                log.info("%s: a packet cannot be decoded: %s", self._name, reason(problem))
                 damage.packets += 1
 
     def _seek(self, start_s: float) -> None:
@@ -210,7 +210,7 @@ class _VideoFile:
         try:
             yield from self._container.demux(self._stream)
         except (self._av.FFmpegError, OSError) as problem:
-            log.info("%s: reading stopped: %s", self._path, reason(problem))
+            log.info("%s: reading stopped: %s", self._name, reason(problem))
             damage.packets += 1
 
     def _clip_of(self, raw: Any, clip: Clip | None, span: Span) -> Clip:
@@ -221,7 +221,7 @@ class _VideoFile:
         context = self._stream.codec_context
         has_audio = clip is None and bool(self._container.streams.audio)
         return Clip(
-            source_name(self._path),
+            self._name,
             height,
             width,
             rate=declared_rate(self._stream) / span.stride,
@@ -240,16 +240,16 @@ class _VideoFile:
             VideoError: if so, or if packets were damaged, or there was no frame at all.
         """
         if end_s == 0 and span.start_s == 0:
-            raise VideoError(f"video {self._path} holds no frame that can be decoded: copy it again")
+            raise VideoError(f"video {self._name} holds no frame that can be decoded: copy it again")
         if self._stream.duration is not None:
             declared_s = float(self._stream.duration * self._stream.time_base)
             if declared_s - max(end_s, span.start_s) > _MISSING_S and end_s > 0:
                 raise VideoError(
-                    f"video {self._path} is cut off, it ends at {end_s:.1f} of {declared_s:.1f} s: copy it again"
+                    f"video {self._name} is cut off, it ends at {end_s:.1f} of {declared_s:.1f} s: copy it again"
                 )
         if damage.packets:
             raise VideoError(
-                f"video {self._path} is damaged, {damage.packets} of its packets were left out: copy it again"
+                f"video {self._name} is damaged, {damage.packets} of its packets were left out: copy it again"
             )
 
 
@@ -301,10 +301,11 @@ def _upright_aspect(raw: Any, aspect: Fraction | None) -> Fraction:
 
 def _read_with_opencv(path: Path, allocate: Allocate, span: Span) -> Iterator[Frame]:
     """Decode with OpenCV's own FFmpeg, which gives no sound, and times only by the rate."""
+    name = public_name(source_name(path))
     capture = cv2.VideoCapture(source_name(path))
     try:
         if not capture.isOpened():
-            raise VideoError(f"video {path} cannot be read by OpenCV: copy it again, or {INSTALL_PYAV}")
+            raise VideoError(f"video {name} cannot be read by OpenCV: copy it again, or {INSTALL_PYAV}")
         rate = sensible_rate(capture.get(cv2.CAP_PROP_FPS))
         clip: Clip | None = None
         for index in range(2**63):
@@ -316,12 +317,12 @@ def _read_with_opencv(path: Path, allocate: Allocate, span: Span) -> Iterator[Fr
             image = capture.retrieve()[1]
             height, width = image.shape[:2]
             if clip is None or (clip.height, clip.width) != (height, width):
-                clip = Clip(str(path), height, width, rate / span.stride, time_base=1 / rate)
+                clip = Clip(name, height, width, rate / span.stride, time_base=1 / rate)
             buffer = allocate(height, width)
             np.copyto(buffer, image)
             yield Frame(path, buffer, clip, index, index)
         if clip is None and span.start_s == 0:
-            raise VideoError(f"video {path} holds no frame that OpenCV can decode: copy it again, or {INSTALL_PYAV}")
+            raise VideoError(f"video {name} holds no frame that OpenCV can decode: copy it again, or {INSTALL_PYAV}")
     finally:
         capture.release()
 

@@ -244,7 +244,7 @@ class _Sound:
         try:
             return cls(av, source, target, clip.origin_s)
         except (av.FFmpegError, AttributeError, ValueError) as problem:  # an unknown codec has no context
-            log.warning("%s: its sound cannot be copied (%s): the result has none", clip.audio, problem)
+            log.warning("%s: its sound cannot be copied (%s): the result has none", clip.source, problem)
             source.close()
             return None
 
