@@ -95,7 +95,7 @@ def test_only_what_is_missing_is_done(ray_cluster, engine_path, pictures, capsys
 
 
 @pytest.mark.slow
-def test_a_lost_worker_costs_nothing(ray_cluster, engine_path, pictures, monkeypatch, capsys):
+def test_a_lost_worker_costs_nothing(ray_cluster, engine_path, pictures, monkeypatch):
     """The process of a detector is killed after the first finished block, as the kernel does when memory ends."""
     folder = pictures.parent / "out"
     killed = []
@@ -112,8 +112,7 @@ def test_a_lost_worker_costs_nothing(ray_cluster, engine_path, pictures, monkeyp
     for number in range(10, 40):  # enough that work is left when the first block is finished
         (pictures / f"{number}.png").write_bytes((pictures / f"{number % 10}.png").read_bytes())
     assert DistributedRun(engine_path, [pictures], Settings("local", str(folder), concurrency=1)).execute() == 1
-    assert killed
-    assert "going on with" in capsys.readouterr().err
+    assert killed  # with a block in hand, which the run starts again, or without, when Ray replaces it and nobody notices
     assert rows_of(folder) == plain_rows(engine_path, pictures)
 
 
