@@ -112,7 +112,7 @@ def test_a_lost_worker_costs_nothing(ray_cluster, engine_path, pictures, monkeyp
     for number in range(10, 40):  # enough that work is left when the first block is finished
         (pictures / f"{number}.png").write_bytes((pictures / f"{number % 10}.png").read_bytes())
     assert DistributedRun(engine_path, [pictures], Settings("local", str(folder), concurrency=1)).execute() == 1
-    assert killed  # with a block in hand, which the run starts again, or without, when Ray replaces it and nobody notices
+    assert killed  # at work, when the run starts its block again, or idle, when Ray replaces it unnoticed
     assert rows_of(folder) == plain_rows(engine_path, pictures)
 
 
