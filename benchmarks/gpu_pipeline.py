@@ -24,8 +24,9 @@ import cv2
 import numpy as np
 
 from yolotrt.cuda.device import GpuDevice, find_device
-from yolotrt.engines.build import BACKENDS
+from yolotrt.engines.build import open_session
 from yolotrt.engines.file import EngineFile
+from yolotrt.engines.gpu_engine import tensor_bytes
 from yolotrt.engines.gpu_session import LANES, GpuSession
 from yolotrt.media.images import read_image
 from yolotrt.postprocess import NmsOptions, YoloLayer, non_max_suppression
@@ -84,23 +85,12 @@ def header(device: GpuDevice) -> str:
     return f"{device.name}, compute capability {device.capability}, {device.library}, {', '.join(versions)}, {today}"
 
 
-def open_engine(engine: EngineFile, device: GpuDevice, lanes: int = LANES) -> GpuSession:
-    """A session on the engine's own library."""
-    import importlib
-
-    from yolotrt.engines.trt_engine import shared_engine
-
-    assert engine.header.backend in BACKENDS
-    module = importlib.import_module("tensorrt" if engine.header.backend == "tensorrt" else "tensorrt_rtx")
-    return GpuSession(shared_engine(module, engine, device), lanes=lanes)
-
-
 def measure(
     engine: EngineFile, device: GpuDevice, picture: np.ndarray, seconds: float, rates: dict[str, float]
 ) -> dict[str, Any]:
     """All figures of one engine at its largest batch."""
     batch = engine.header.max_batch
-    with open_engine(engine, device) as session:
+    with open_session(engine) as session:
         frames = [borrowed(session, picture) for _ in range(batch)]
         stages = {name: 1e3 * statistics.median(times) for name, times in session.profile(frames, OPTIONS).items()}
         engine_us = stages["engine"]
@@ -115,7 +105,7 @@ def measure(
             latency["device"] = median_us(lambda: session.detect(on_device, OPTIONS))
         found = session.detect(frames, OPTIONS)
         pipelined = throughput(session, picture, batch, seconds)
-        plain = plain_script(engine, device, picture, found[0].class_id) if batch == 1 else None
+        plain = plain_script(engine, picture, found[0].class_id) if batch == 1 else None
     kernels_us = sum(stages.get(name, 0.0) for name in ("letterbox", "yololayer", "nms"))
     overhead_us = latency["borrowed"] - engine_us - stages["upload"]
     budgets = {
@@ -149,10 +139,7 @@ def measure(
 def floors(engine: EngineFile, batch: int, rates: dict[str, float]) -> dict[str, float]:
     """Bytes that must move / measured bandwidth, in microseconds."""
     header = engine.header
-    size = {
-        info.name: int(np.prod(info.shape[1:])) * np.dtype(info.dtype).itemsize
-        for info in header.inputs + header.outputs
-    }
+    size = {info.name: tensor_bytes(info, 1) for info in header.inputs + header.outputs}
     rows = sum(info.shape[2] * info.shape[3] * 3 for info in header.outputs if len(info.shape) == 4)
     heads = sum(size[info.name] for info in header.outputs)
     uploaded = FRAME[0] * FRAME[1] * 3 / 3  # every third row
@@ -243,12 +230,9 @@ def throughput(session: GpuSession, picture: np.ndarray, batch: int, seconds: fl
     }
 
 
-def plain_script(engine: EngineFile, device: GpuDevice, picture: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+def plain_script(engine: EngineFile, picture: np.ndarray, expected: np.ndarray) -> dict[str, float]:
     """The same engine the way a tutorial runs it; its detections must be the same classes."""
-    from yolotrt.engines.gpu_session import _Lane  # the engine alone: no public call gives blocking copies
-
-    session = open_engine(engine, device, lanes=1)
-    lane: _Lane = session._lanes[0]
+    session = open_session(engine)
     header = engine.header
     model = header.model
     layer = YoloLayer(model.anchors, model.strides, len(model.names))
@@ -265,9 +249,7 @@ def plain_script(engine: EngineFile, device: GpuDevice, picture: np.ndarray, exp
         return np.ascontiguousarray(np.expand_dims(image.transpose(2, 0, 1), 0))
 
     def once() -> np.ndarray:
-        images = letterbox(picture)
-        with device.current():
-            heads = lane.raw_heads(1, lambda: lane.upload_images(images))
+        heads = session.run(letterbox(picture))
         return non_max_suppression(layer.full(heads)[0], OPTIONS).class_id
 
     found = once()
@@ -285,7 +267,7 @@ def soak(engine: EngineFile, device: GpuDevice, picture: np.ndarray, frames: int
     rng = np.random.default_rng(0)
     pictures = [cv2.resize(picture, (w, h)) for h, w in ((1080, 1920), (720, 1280), (480, 640), (479, 853))]
     samples = []
-    with open_engine(engine, device) as session:
+    with open_session(engine) as session:
         waiting: deque[Any] = deque()
         done = 0
         while done < frames:

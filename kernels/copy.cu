@@ -1,4 +1,4 @@
-// Copy: bytes from page-locked host memory into device memory, by the multiprocessors.
+// Copy: bytes between page-locked host memory and device memory, either way, by the multiprocessors.
 //
 // A copy command of the driver waits in a queue of a copy engine, which is in order and shared by all streams: a few
 // kilobytes of one batch can wait there for a batch of another stream. A captured graph of kernels alone waits for

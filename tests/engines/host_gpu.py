@@ -217,9 +217,6 @@ class HostGpuDevice(GpuDevice):
         while not event.has_happened:
             event.stream.queue.popleft()()
 
-    def has_happened(self, event: HostEvent) -> bool:
-        return event.has_happened
-
     def elapsed_ms(self, first: HostEvent, second: HostEvent) -> float:
         return (second.time - first.time) * 1e3
 

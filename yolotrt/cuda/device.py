@@ -130,10 +130,6 @@ class GpuDevice(abc.ABC):
         """Wait on the host until the event has happened."""
 
     @abc.abstractmethod
-    def has_happened(self, event: Any) -> bool:
-        """Whether the event has happened."""
-
-    @abc.abstractmethod
     def elapsed_ms(self, first: Any, second: Any) -> float:
         """Milliseconds between two events that have happened."""
 
@@ -264,10 +260,6 @@ class CupyDevice(GpuDevice):
     def wait(self, event: Any) -> None:
         """See `GpuDevice.wait`."""
         event.synchronize()
-
-    def has_happened(self, event: Any) -> bool:
-        """See `GpuDevice.has_happened`."""
-        return bool(event.done)
 
     def elapsed_ms(self, first: Any, second: Any) -> float:
         """See `GpuDevice.elapsed_ms`."""
@@ -425,10 +417,6 @@ class PycudaDevice(GpuDevice):
     def wait(self, event: Any) -> None:
         """See `GpuDevice.wait`."""
         event.synchronize()
-
-    def has_happened(self, event: Any) -> bool:
-        """See `GpuDevice.has_happened`."""
-        return bool(event.query())
 
     def elapsed_ms(self, first: Any, second: Any) -> float:
         """See `GpuDevice.elapsed_ms`."""

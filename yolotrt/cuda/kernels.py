@@ -280,7 +280,7 @@ _COPY_UNIT = 16
 
 
 class CopyKernel:
-    """Launches copy.cu: page-locked memory to device memory, past the queues of the copy engines."""
+    """Launches copy.cu: between page-locked and device memory, past the queues of the copy engines."""
 
     def __init__(self, device: Device) -> None:
         self._device = device

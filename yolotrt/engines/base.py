@@ -28,6 +28,9 @@ MAX_OPTIMIZATION_LEVEL = 5
 Frame = Any
 """A picture, uint8 BGR (height, width, 3): a NumPy array, or an array in device memory."""
 
+BATCHES_IN_FLIGHT = 3
+"""How many batches to submit before taking a result: a GPU computes two, and the host takes the result of a third."""
+
 HOST = "host"
 """`Plan.yololayer` of plans that give raw heads, which NumPy decodes."""
 
@@ -206,7 +209,7 @@ class Timing:
 
     Attributes:
         preprocess_ms: Letterbox and conversion. On a GPU: handing the frames over.
-        inference_ms: The engine. On a GPU: waiting for upload, letterbox, engine, YoloLayer, NMS and download.
+        inference_ms: The engine. On a GPU: waiting for all from the upload to the boxes.
         postprocess_ms: YoloLayer, NMS and scaling back to the pictures. On a GPU: scaling back alone.
         pictures: Number of pictures.
     """

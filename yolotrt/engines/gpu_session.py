@@ -38,7 +38,7 @@ from yolotrt.cuda.kernels import (
     boxes_of,
     upload_bytes,
 )
-from yolotrt.engines.base import PLUGIN, Finished, Frame, Pending, Session
+from yolotrt.engines.base import BATCHES_IN_FLIGHT, PLUGIN, Finished, Frame, Pending, Session
 from yolotrt.engines.file import EngineFile
 from yolotrt.engines.gpu_classifier import GpuClassifier
 from yolotrt.engines.gpu_engine import EngineSession, EngineStream
@@ -47,9 +47,7 @@ from yolotrt.engines.trt_engine import TrtEngine
 from yolotrt.errors import InferenceError, InputError
 from yolotrt.postprocess import Boxes, NmsOptions, raw_threshold
 
-LANES = 3
-"""Two that compute, and one whose result the host is about to take."""
-
+LANES = BATCHES_IN_FLIGHT
 _CHANNELS = 3
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from yolotrt.detector import Detector, PendingDetections
+from yolotrt.engines.base import BATCHES_IN_FLIGHT
 from yolotrt.errors import ImageError, InputError, VideoError
 from yolotrt.media.drawing import draw
 from yolotrt.media.frames import RECONNECT_S, Allocate, Found, Frame, Image, Span
@@ -36,8 +37,6 @@ from yolotrt.media.video import count_frames, read_video
 from yolotrt.shell import print_beside_progress, printable
 
 PROGRAM = "yolotrt"
-BATCHES_IN_FLIGHT = 3
-"""A GPU works on two batches while the results of a third are taken."""
 _LIVE_CAPACITY = 1
 """Frames of a live source that wait between two stages; each is a frame of delay."""
 _TICK_S = 0.1
