@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -92,6 +93,16 @@ class Detector:
         return self._session.timing
 
     @property
+    def batches_in_flight(self) -> int:
+        """How many batches to `submit` before taking the first result, for most pictures a second."""
+        return self._session.batches_in_flight
+
+    @property
+    def leaves_cores_free(self) -> bool:
+        """Whether the engine computes on some of the CPU's cores and leaves others to the program."""
+        return self._session.leaves_cores_free
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """The model's class names, in class order."""
         return self.engine.header.model.names
@@ -123,7 +134,7 @@ class Detector:
         return self.submit([images]).result()[0]
 
     def submit(self, images: Sequence[Source]) -> PendingDetections:
-        """Start to detect in one batch, without waiting for it; a GPU works on two batches at once.
+        """Start to detect in one batch, without waiting for it; see `batches_in_flight`.
 
         Args:
             images: As for a call, at most as many as the engine's largest batch. They must not change before the
@@ -170,8 +181,13 @@ class Detector:
     def _detect_all(self, images: Sequence[Source]) -> Iterator[Result]:
         """Detect in batches as large as the engine takes."""
         size = self.engine.header.max_batch
+        under_way: deque[PendingDetections] = deque()
         for start in range(0, len(images), size):
-            yield from self.submit(images[start : start + size]).result()
+            under_way.append(self.submit(images[start : start + size]))
+            if len(under_way) == self.batches_in_flight:
+                yield from under_way.popleft().result()
+        for pending in under_way:
+            yield from pending.result()
 
     def _require_open(self) -> None:
         if self._is_closed:
@@ -209,7 +225,7 @@ class PendingDetections:
         detections: list[Result] = [
             self._detector.in_picture(boxes, size) for boxes, size in zip(found, self._image_sizes, strict=True)
         ]
-        self._detector.timing.postprocess_ms += (time.perf_counter() - began) * 1e3
+        self._detector.timing.add(postprocess_ms=(time.perf_counter() - began) * 1e3)
         return detections
 
 

@@ -68,9 +68,10 @@ class RoundingSession(OnnxRuntimeSession):
         self._input_type = np.float16 if half_input else np.float32
         self._head_type = np.float16 if half_heads else np.float32
 
-    def run(self, images: np.ndarray) -> list[np.ndarray]:
-        heads = super().run(images.astype(self._input_type).astype(np.float32))
-        return [head.astype(self._head_type).astype(np.float32) for head in heads]
+    def compute(self, images: np.ndarray, outputs: Sequence[np.ndarray], *, is_alone: bool) -> None:
+        super().compute(images.astype(self._input_type).astype(np.float32), outputs, is_alone=is_alone)
+        for output in outputs:
+            output[:] = output.astype(self._head_type).astype(np.float32)
 
 
 def expected(engine: EngineFile, frames: Sequence[np.ndarray], options: NmsOptions = OPTIONS) -> list[Boxes]:

@@ -15,7 +15,7 @@ from yolotrt.detections import Classification, Detections
 from yolotrt.detector import Detector, PendingDetections
 from yolotrt.distributed.cluster import load_ray
 from yolotrt.distributed.storage import Storage
-from yolotrt.engines.base import BATCHES_IN_FLIGHT, HOST
+from yolotrt.engines.base import HOST
 from yolotrt.engines.file import EngineFile
 from yolotrt.errors import ImageError, InputError, YolotrtError
 from yolotrt.media.images import JPEG_QUALITY, decode_image
@@ -164,7 +164,7 @@ class DetectorActor:
         for start in range(0, len(places), size):
             batch = places[start : start + size]
             under_way.append((batch, self._detector.submit([images[place] for place in batch])))
-            if len(under_way) == BATCHES_IN_FLIGHT:
+            if len(under_way) == self._detector.batches_in_flight:
                 _take(under_way, found)
         while under_way:
             _take(under_way, found)

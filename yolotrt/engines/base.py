@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,9 +28,6 @@ MAX_OPTIMIZATION_LEVEL = 5
 
 Frame = Any
 """A picture, uint8 BGR (height, width, 3): a NumPy array, or an array in device memory."""
-
-BATCHES_IN_FLIGHT = 3
-"""How many batches to submit before taking a result: a GPU computes two, and the host takes the result of a third."""
 
 HOST = "host"
 """`Plan.yololayer` of plans that give raw heads, which NumPy decodes."""
@@ -218,6 +216,17 @@ class Timing:
     inference_ms: float = 0.0
     postprocess_ms: float = 0.0
     pictures: int = 0
+    _adding: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
+
+    def add(
+        self, *, preprocess_ms: float = 0.0, inference_ms: float = 0.0, postprocess_ms: float = 0.0, pictures: int = 0
+    ) -> None:
+        """Add to the sums; several threads may do so."""
+        with self._adding:
+            self.preprocess_ms += preprocess_ms
+            self.inference_ms += inference_ms
+            self.postprocess_ms += postprocess_ms
+            self.pictures += pictures
 
 
 class Pending(abc.ABC):
@@ -253,10 +262,14 @@ class Session(abc.ABC):
     Attributes:
         header: The engine's description.
         timing: Time spent so far.
+        batches_in_flight: How many batches to submit before taking a result, for most pictures a second.
+        leaves_cores_free: Whether it computes on some of the CPU's cores and leaves others free.
     """
 
     header: EngineHeader
     timing: Timing
+    batches_in_flight: int = 1
+    leaves_cores_free: bool = False
 
     @abc.abstractmethod
     def submit(self, frames: Sequence[Frame], options: NmsOptions) -> Pending:

@@ -38,7 +38,7 @@ from yolotrt.cuda.kernels import (
     boxes_of,
     upload_bytes,
 )
-from yolotrt.engines.base import BATCHES_IN_FLIGHT, PLUGIN, Finished, Frame, Pending, Session
+from yolotrt.engines.base import PLUGIN, Finished, Frame, Pending, Session
 from yolotrt.engines.file import EngineFile
 from yolotrt.engines.gpu_classifier import GpuClassifier
 from yolotrt.engines.gpu_engine import EngineSession, EngineStream
@@ -47,7 +47,8 @@ from yolotrt.engines.trt_engine import TrtEngine
 from yolotrt.errors import InferenceError, InputError
 from yolotrt.postprocess import Boxes, NmsOptions, raw_threshold
 
-LANES = BATCHES_IN_FLIGHT
+LANES = 3
+"""Two batches on the GPU, and one whose result the host takes."""
 _CHANNELS = 3
 
 
@@ -70,7 +71,7 @@ class GpuSession(EngineSession["_Lane"]):
             InferenceError: if the GPU's memory does not suffice.
         """
         super().__init__(engine)
-        self._lane_count = lanes
+        self.batches_in_flight = lanes
         self._lent: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         with self._on_device():
             self._lanes.append(_Lane(engine, self._lent))
@@ -180,7 +181,7 @@ class GpuSession(EngineSession["_Lane"]):
         idle = next((lane for lane in self._lanes if lane.pending is None), None)
         if idle is not None:
             return idle
-        if len(self._lanes) < self._lane_count and self._engine is not None:
+        if len(self._lanes) < self.batches_in_flight and self._engine is not None:
             self._lanes.append(_Lane(self._engine, self._lent))
             return self._lanes[-1]
         return self._finished(min(self._lanes, key=lambda lane: lane.started_at))

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import abc
+import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
-from yolotrt.engines.base import Finished, Frame, Pending, Session, Timing
+from yolotrt.engines.base import Frame, Pending, Session, Timing
 from yolotrt.engines.file import EngineHeader
+from yolotrt.errors import InputError
 from yolotrt.postprocess import Boxes, Float, NmsOptions, YoloLayer, non_max_suppression, with_masks
+from yolotrt.shell import THREAD_PREFIX
 
 
 class HostDecoder:
@@ -41,35 +48,154 @@ class HostDecoder:
         return [with_masks(boxes, planes, self._network_size) for boxes, planes in zip(found, prototypes, strict=True)]
 
 
-class HostSession(Session):
-    """Letterbox before and YoloLayer and NMS after an engine that `run` computes; see `Session`."""
+@dataclass
+class _Buffers:
+    """What one batch needs.
 
-    def __init__(self, header: EngineHeader) -> None:
+    Attributes:
+        images: Network input, float32 (largest batch, 3, height, width).
+        outputs: Of all outputs, float32 (largest batch, ...).
+    """
+
+    images: Float
+    outputs: list[Float]
+
+    @classmethod
+    def make(cls, header: EngineHeader) -> _Buffers:
+        batch = header.max_batch
+        return cls(np.zeros((batch, 3, *header.imgsz), np.float32), _make_outputs(header))
+
+
+def _make_outputs(header: EngineHeader) -> list[Float]:
+    """Memory for the outputs of the largest batch."""
+    return [np.empty((header.max_batch, *info.shape[1:]), np.float32) for info in header.outputs]
+
+
+class HostSession(Session):
+    """Letterbox before and YoloLayer and NMS after an engine that `compute` runs; see `Session`.
+
+    The letterbox is done by the thread that submits, all else by threads of the session. A batch alone gets all cores;
+    several under way are computed side by side, which takes less time in all than one after the other on all cores.
+
+    Args:
+        header: The engine's description.
+        workers: How many batches are computed side by side at most.
+    """
+
+    def __init__(self, header: EngineHeader, *, workers: int = 1) -> None:
         self.header = header
         self.timing = Timing()
+        self.batches_in_flight = workers + 1  # one is prepared meanwhile
         self._decoder = HostDecoder(header)
-        self._input = np.zeros((header.max_batch, 3, *header.imgsz), np.float32)
+        self._free: list[_Buffers] = []
+        self._outputs = _make_outputs(header)  # of `run`
+        self._under_way: deque[_HostPending] = deque()
+        self._workers = ThreadPoolExecutor(workers, thread_name_prefix=f"{THREAD_PREFIX}-engine")
+        self._is_closed = False
+
+    @abc.abstractmethod
+    def compute(self, images: Float, outputs: Sequence[Float], *, is_alone: bool) -> None:
+        """Run the engine; several threads may do so at once.
+
+        Args:
+            images: float32 (batch, 3, height, width), contiguous.
+            outputs: What to write to: of each output float32 (batch, ...).
+            is_alone: Whether no other batch waits or is computed, so that this one may take all cores.
+
+        Raises:
+            InferenceError: if the engine fails.
+        """
 
     def submit(self, frames: Sequence[Frame], options: NmsOptions) -> Pending:
-        """See `Session.submit`; here the batch is finished when this returns."""
+        """See `Session.submit`; with `batches_in_flight` batches under way it waits for the oldest."""
         from yolotrt.preprocess import Letterbox  # OpenCV, which building an engine does without
 
         self.check_frame_count(len(frames))
         self.check_in_host_memory(frames)
+        self._require_open()
+        self._finish_until(self.batches_in_flight - 1)
         began = time.perf_counter()
-        for frame, out in zip(frames, self._input, strict=False):
+        buffers = self._free.pop() if self._free else _Buffers.make(self.header)
+        for frame, out in zip(frames, buffers.images, strict=False):
             Letterbox.fit(frame.shape[:2], self.header.imgsz).to_input(frame, out)
-        prepared = time.perf_counter()
-        # a static or larger smallest batch is filled up: the surplus is stale input whose results nobody reads
-        heads = self.run(self._input[: max(len(frames), self.header.batch_range[0])])
-        inferred = time.perf_counter()
-        boxes = self._decoder.boxes([head[: len(frames)] for head in heads], options)
-        self._count(began, prepared, inferred, len(frames))
-        return Finished(boxes)
+        self.timing.add(preprocess_ms=(time.perf_counter() - began) * 1e3, pictures=len(frames))
+        pending = _HostPending(lambda: self._detect(buffers, len(frames), options))
+        self._under_way.append(pending)
+        self._workers.submit(pending.finish)
+        return pending
 
-    def _count(self, began: float, prepared: float, inferred: float, pictures: int) -> None:
-        """Add one batch to the timing."""
-        self.timing.preprocess_ms += (prepared - began) * 1e3
-        self.timing.inference_ms += (inferred - prepared) * 1e3
-        self.timing.postprocess_ms += (time.perf_counter() - inferred) * 1e3
-        self.timing.pictures += pictures
+    def run(self, images: Float) -> list[Float]:
+        """See `Session.run`."""
+        self._require_open()
+        self.check_input(images)
+        self._finish_until(0)
+        outputs = [output[: len(images)] for output in self._outputs]
+        self.compute(np.ascontiguousarray(images), outputs, is_alone=True)
+        return outputs
+
+    def close(self) -> None:
+        """Finish what is under way."""
+        self._is_closed = True
+        self._finish_until(0)
+        self._workers.shutdown()
+
+    def _detect(self, buffers: _Buffers, count: int, options: NmsOptions) -> list[Boxes]:
+        """The boxes of the first `count` letterboxed pictures."""
+        began = time.perf_counter()
+        # a static or larger smallest batch is filled up: the surplus is stale input whose results nobody reads
+        batch = max(count, self.header.batch_range[0])
+        is_alone = sum(not pending.is_finished for pending in tuple(self._under_way)) <= 1
+        outputs = [output[:batch] for output in buffers.outputs]
+        self.compute(buffers.images[:batch], outputs, is_alone=is_alone)
+        inferred = time.perf_counter()
+        boxes = self._decoder.boxes([output[:count] for output in outputs], options)
+        self._free.append(buffers)
+        decoded = time.perf_counter()
+        self.timing.add(inference_ms=(inferred - began) * 1e3, postprocess_ms=(decoded - inferred) * 1e3)
+        return boxes
+
+    def _finish_until(self, count: int) -> None:
+        """Wait until no more than `count` batches are under way."""
+        while len(self._under_way) > count:
+            self._under_way.popleft().finish()
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise InputError("the session is closed: open a new one")
+
+
+class _HostPending(Pending):
+    """A batch that one of a session's threads computes, or the thread that wants its result if none has begun.
+
+    Args:
+        compute: Gives the boxes.
+    """
+
+    def __init__(self, compute: Callable[[], list[Boxes]]) -> None:
+        self._compute: Callable[[], list[Boxes]] | None = compute
+        self._finishing = threading.Lock()
+        self._boxes: list[Boxes] = []
+        self._failure: Exception | None = None
+
+    def finish(self) -> None:
+        """Compute unless that is done; wait if another thread is at it. A failure is kept for `result`."""
+        with self._finishing:
+            if self._compute is None:
+                return
+            try:
+                self._boxes = self._compute()
+            except Exception as problem:  # noqa: BLE001 - raised to whoever takes the result
+                self._failure = problem
+            self._compute = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its result, or failure, is there."""
+        return self._compute is None
+
+    def result(self) -> list[Boxes]:
+        """See `Pending.result`."""
+        self.finish()
+        if self._failure is not None:
+            raise self._failure
+        return self._boxes

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 import tempfile
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from yolotrt.engines.base import Backend, CompleteOptions, Plan, Session
 from yolotrt.engines.definition import BuildHooks, build_plan
@@ -16,6 +18,7 @@ from yolotrt.engines.file import REBUILD, EngineFile
 from yolotrt.engines.host import HostSession
 from yolotrt.errors import BackendUnavailableError, BuildError, EngineFileError, InferenceError, InputError
 from yolotrt.network import recorder
+from yolotrt.postprocess import Float
 from yolotrt.weights import Weights
 
 _ERRORS_ONLY = 3
@@ -24,6 +27,10 @@ _ERRORS_ONLY = 3
 _EXACT_INT8 = "session.x64quantprecision"
 """Session option: with 1, ONNX Runtime's 8-bit kernels are exact on any x86 CPU, but much slower than those of VNNI."""
 
+_SIDE_BY_SIDE = 4
+"""Batches that are computed at the same time at most: each has its own activations in memory."""
+
+_CORES = Path("/sys/devices/system/cpu")
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -59,7 +66,7 @@ class _OnnxHooks(BuildHooks):
 
 
 class OnnxRuntimeSession(HostSession):
-    """One ONNX Runtime session and its output buffers."""
+    """ONNX Runtime with all threads for one batch, and with few for each of several batches side by side."""
 
     def __init__(self, engine: EngineFile, *, threads: int | None = None) -> None:
         """Load the model. See `OnnxRuntimeBackend.open`.
@@ -70,40 +77,58 @@ class OnnxRuntimeSession(HostSession):
         """
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads {threads!r}: choose a whole number of at least 1")
-        super().__init__(engine.header)
+        cores = threads or _core_count()
+        workers = min(cores, _SIDE_BY_SIDE)
+        super().__init__(engine.header, workers=workers)
+        self.leaves_cores_free = cores < _core_count()
+        self._engine = engine
+        self._shared_threads = cores // workers
         try:
             self._session: Any = inference_session(engine.plan, threads)
         except _library_errors() as problem:
             raise EngineFileError(
                 f"engine {engine.label} cannot be loaded by ONNX Runtime ({_first_line(problem)}): {REBUILD}"
             ) from problem
-        self._outputs = [np.empty((self.header.max_batch, *info.shape[1:]), np.float32) for info in self.header.outputs]
+        self._shared: Any = self._session if workers == 1 else None  # until several batches are under way
+        self._loading = threading.Lock()
 
-    def run(self, images: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float32]]:
-        """See `Session.run`."""
-        if self._session is None:
-            raise InputError("the session is closed: open a new one")
-        self.check_input(images)
-        images = np.ascontiguousarray(images)
-        binding = self._session.io_binding()
-        _bind(binding.bind_input, self.header.inputs[0].name, images)
-        # ONNX Runtime writes into our buffers: session.run would copy each output once more
-        heads = [output[: images.shape[0]] for output in self._outputs]
-        for info, head in zip(self.header.outputs, heads, strict=True):
-            _bind(binding.bind_output, info.name, head)
+    def compute(self, images: Float, outputs: Sequence[Float], *, is_alone: bool) -> None:
+        """See `HostSession.compute`."""
         try:
-            self._session.run_with_iobinding(binding)
+            session = self._session if is_alone else self._shared_session()
+            binding = session.io_binding()
+            _bind(binding.bind_input, self.header.inputs[0].name, images)
+            # ONNX Runtime writes into our buffers: session.run would copy each output once more
+            for info, output in zip(self.header.outputs, outputs, strict=True):
+                _bind(binding.bind_output, info.name, output)
+            session.run_with_iobinding(binding)
         except _library_errors() as problem:
             raise InferenceError(f"ONNX Runtime failed ({_first_line(problem)}): try a smaller batch") from problem
-        return heads
 
     def close(self) -> None:
-        """Free the session."""
-        self._session = None
-        self._outputs = []
+        """Free the sessions."""
+        super().close()
+        self._session = self._shared = None
+
+    def _shared_session(self) -> Any:
+        """Computes batches side by side. Its results are those of the other one, to the bit."""
+        with self._loading:
+            if self._shared is None:
+                self._shared = inference_session(self._engine.plan, self._shared_threads)
+            return self._shared
 
 
-def _bind(bind: Any, name: str, array: npt.NDArray[np.float32]) -> None:
+def _core_count() -> int:
+    """Physical cores that this process may use, as far as they can be told."""
+    try:
+        usable = os.sched_getaffinity(0)
+        siblings = [_CORES.joinpath(f"cpu{cpu}/topology/core_cpus_list").read_text() for cpu in usable]
+    except (AttributeError, OSError):  # another system than Linux: two hardware threads a core are usual
+        return max(1, (os.cpu_count() or 1) // 2)
+    return len(set(siblings))
+
+
+def _bind(bind: Any, name: str, array: Float) -> None:
     """Bind an array in host memory."""
     bind(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
 

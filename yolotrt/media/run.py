@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from yolotrt.detector import Detector, PendingDetections
-from yolotrt.engines.base import BATCHES_IN_FLIGHT
 from yolotrt.errors import ImageError, InputError, VideoError
 from yolotrt.media.drawing import draw
 from yolotrt.media.frames import RECONNECT_S, Allocate, Found, Frame, Image, Span
@@ -40,6 +40,8 @@ PROGRAM = "yolotrt"
 _LIVE_CAPACITY = 1
 """Frames of a live source that wait between two stages; each is a frame of delay."""
 _TICK_S = 0.1
+_HELPER_NICENESS = 10
+"""Added to the niceness of decoding, drawing and encoding beside an engine on some of the CPU's cores."""
 
 VideoReader = Callable[[Path, Allocate, Span], Iterator[Frame]]
 """Decodes a video file, as `read_video` does."""
@@ -196,6 +198,8 @@ class Run:
             stages.append(("draw", _draw))
         if self._folder is not None or self._outputs.json or self._outputs.jsonl or self._outputs.csv:
             stages.append(("encode", self._write))
+        if self._live is None and self._detector.leaves_cores_free:
+            return [(name, stage if name == "detect" else _helping(stage)) for name, stage in stages]
         return stages
 
     def _decode(self, _inbox: Inbox) -> Generator[Frame, None, None]:
@@ -240,7 +244,7 @@ class Run:
                 continue
             under_way.append(_Batch.submit(self._detector, batch))
             batch = []
-            while len(under_way) >= (1 if is_urgent else BATCHES_IN_FLIGHT):
+            while len(under_way) >= (1 if is_urgent else self._detector.batches_in_flight):
                 yield from under_way.popleft().results()
         if batch:
             under_way.append(_Batch.submit(self._detector, batch))
@@ -397,6 +401,19 @@ def _first_interrupt(action: Callable[[], None]) -> Iterator[_Interrupt]:
         yield interrupt
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _helping(stage: StageFunction) -> StageFunction:
+    """The same stage in a thread that, like those which it starts, leaves the engine's cores to the engine."""
+
+    def run(inbox: Inbox) -> Generator[Any, None, None]:
+        if sys.platform == "linux":  # where threads have a niceness of their own
+            thread = threading.get_native_id()
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _HELPER_NICENESS)
+        yield from stage(inbox)
+
+    return run
 
 
 def _draw(inbox: Inbox) -> Generator[Found, None, None]:
