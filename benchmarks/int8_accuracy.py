@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from yolotrt import load_weights
-from yolotrt.calibration.activations import OnnxActivations
+from yolotrt.calibration.activations import OnnxActivations, record
 from yolotrt.calibration.calibrate import make_table, observe
 from yolotrt.calibration.feed import PictureFeed
 from yolotrt.calibration.objects import ObjectFinder
@@ -35,6 +35,7 @@ from yolotrt.media.images import read_image
 from yolotrt.network import recorder
 from yolotrt.network.builder import INPUT_NAME
 from yolotrt.network.quantize import ONNX_RUNTIME, TENSORRT, Placement, Quantization
+from yolotrt.network.ranges import lowest_values
 from yolotrt.postprocess import NmsOptions, YoloLayer, non_max_suppression
 from yolotrt.preprocess import Letterbox
 from yolotrt.weights import Weights
@@ -119,7 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for method in (*RULES, OBJECTS):
             source = TableSource("", validation.imgsz, method, "", {})
             observed = at_objects if method == OBJECTS else everywhere
-            tables = [make_table(histograms, activations.groups, source, 0) for histograms in observed]
+            lowest = lowest_values(record(weights, validation.imgsz)) if placement.has_zero_points else {}
+            tables = [make_table(histograms, activations.groups, source, 0, lowest) for histograms in observed]
             results = [
                 validation.measure(network("int8", placement, Quantization(table.scales, tuple(options.keep))))
                 for table in tables

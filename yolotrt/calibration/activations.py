@@ -13,23 +13,13 @@ from yolotrt.network import recorder
 from yolotrt.network.builder import INPUT_NAME, NetworkBuilder
 from yolotrt.network.onnx_writer import write_onnx
 from yolotrt.network.quantize import computed_tensors, scale_groups
+from yolotrt.network.ranges import FLOORS
 from yolotrt.weights import Weights
 
 Float = npt.NDArray[np.float32]
 
 MAX_BYTES_AT_ONCE = 512 << 20
 """Values asked for in one run of the network: larger networks run several times a picture."""
-
-
-FLOORS = {
-    recorder.ActivationType.SIGMOID: -6.0,
-    recorder.ActivationType.SOFTPLUS: -6.0,
-    recorder.ActivationType.HARD_SIGMOID: -3.0,
-    recorder.ActivationType.RELU: 0.0,
-}
-"""What activations (SiLU, Mish, Hardswish, ReLU) read may be cut off below: their result hardly changes there.
-
-SiLU(-6) is -0.015. Without the cut, rare values of -100 would cost precision where SiLU needs it (docs/int8.md)."""
 
 
 class ActivationSource(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from yolotrt.cuda.compile import cache_folder
 from yolotrt.errors import InputError, OutputError, WeightsError
 from yolotrt.network.builder import INPUT_NAME
 from yolotrt.network.quantize import INT8_MAX, scale_groups
+from yolotrt.network.ranges import lowest_values
 from yolotrt.preprocess import LETTERBOX_RULE
 from yolotrt.weights import Weights
 
@@ -50,6 +51,8 @@ def find_table(
     imgsz: tuple[int, int],
     options: Int8Options,
     activations: ActivationSource | None = None,
+    *,
+    zero_points: bool = False,
 ) -> FoundTable:
     """The scales of a model.
 
@@ -62,6 +65,7 @@ def find_table(
         imgsz: Network input height and width in pixels.
         options: Pictures, table and a method that is not ``auto``.
         activations: Computes the float network; None takes ONNX Runtime on the CPU.
+        zero_points: Whether the library has them, which makes other ranges the best ones.
 
     Raises:
         InputError: if there are too few pictures, or the table does not fit.
@@ -72,13 +76,14 @@ def find_table(
         table.check_belongs_to(weights_sha256, imgsz, scale_groups(record(weights, imgsz)), options.table)
         return FoundTable(table, f"read from {options.table}", is_given=True)
     feed = PictureFeed.find(options.calib, imgsz)
-    source = TableSource(weights_sha256, imgsz, options.method, feed.checksum(), LETTERBOX_RULE)
+    source = TableSource(weights_sha256, imgsz, options.method, feed.checksum(), LETTERBOX_RULE, zero_points)
     cached = scales_folder() / f"{source.key()[:32]}.json"
     known = _from_cache(cached, source, weights)
     if known is None:
         observed = activations or OnnxActivations(weights, imgsz)
         finder = ObjectFinder(weights, imgsz) if options.method == OBJECTS else None
-        table, origin = calibrate(observed, feed, source, finder), "calibrated now"
+        lowest = lowest_values(record(weights, imgsz)) if zero_points else {}
+        table, origin = calibrate(observed, feed, source, finder, lowest), "calibrated now"
         _keep(table, cached)
     else:
         table, origin = known, f"from an earlier calibration with the same pictures, {cached}"
@@ -94,11 +99,15 @@ def scales_folder() -> Path:
 
 
 def calibrate(
-    activations: ActivationSource, feed: PictureFeed, source: TableSource, finder: ObjectFinder | None = None
+    activations: ActivationSource,
+    feed: PictureFeed,
+    source: TableSource,
+    finder: ObjectFinder | None = None,
+    lowest: Mapping[str, float] | None = None,
 ) -> ScaleTable:
-    """Observe the float network, where `finder` finds objects or everywhere, and choose scales."""
+    """Observe the float network, where `finder` finds objects or everywhere, and choose scales; see `make_table`."""
     histograms, pictures = observe(activations, feed, finder)
-    return make_table(histograms, activations.groups, source, pictures)
+    return make_table(histograms, activations.groups, source, pictures, lowest)
 
 
 def observe(
@@ -154,16 +163,32 @@ def _values_inside(boxes: Float) -> Callable[[Float], Float]:
 
 
 def make_table(
-    histograms: dict[str, Histogram], groups: Sequence[Sequence[str]], source: TableSource, pictures: int
+    histograms: dict[str, Histogram],
+    groups: Sequence[Sequence[str]],
+    source: TableSource,
+    pictures: int,
+    lowest: Mapping[str, float] | None = None,
 ) -> ScaleTable:
     """One scale a group, of the values of all its tensors together.
+
+    Args:
+        histograms: Values by tensor.
+        groups: Names of tensors that share a scale.
+        source: What the table is made from.
+        pictures: How many were observed.
+        lowest: Where ranges with zero points begin, by tensor; the others are symmetric.
 
     Raises:
         InputError: if a scale is impossible.
     """
     rows = []
     for group in groups:
-        scale = _group_threshold([histograms[name] for name in group if name in histograms], source.method) / INT8_MAX
+        values = Histogram()
+        for name in group:
+            if name in histograms:
+                values.merge(histograms[name])
+        method = "mse" if source.method == OBJECTS else source.method
+        scale = threshold(values, method, (lowest or {}).get(group[0])) / INT8_MAX
         if INPUT_NAME in group:
             scale = PICTURE_SCALE
         if scale == 0.0:
@@ -176,14 +201,6 @@ def make_table(
     table = ScaleTable(source, pictures, tuple(rows))
     check_complete(table.scales, groups, "the calibration")
     return table
-
-
-def _group_threshold(histograms: Sequence[Histogram], method: str) -> float:
-    """The threshold of the values of several tensors together."""
-    values = Histogram()
-    for histogram in histograms:
-        values.merge(histogram)
-    return threshold(values, "mse" if method == OBJECTS else method)
 
 
 def _from_cache(path: Path, source: TableSource, weights: Weights) -> ScaleTable | None:

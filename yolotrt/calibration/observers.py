@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from yolotrt.network.quantize import INT8_MAX
+from yolotrt.network.ranges import whole_range_step
 
 Counts = npt.NDArray[np.int64]
 Float = npt.NDArray[np.float64]
@@ -102,16 +103,19 @@ class Histogram:
         self.limit = limit
 
 
-def threshold(histogram: Histogram, method: str) -> float:
-    """The magnitude that INT8's 127 should stand for, positive unless all values are 0.
+def threshold(histogram: Histogram, method: str, lowest: float | None = None) -> float:
+    """The magnitude that INT8's largest integer should stand for, positive unless all values are 0.
 
     Args:
         histogram: What was observed.
         method: ``max``, ``percentile``, ``entropy`` or ``mse``.
+        lowest: Where the range begins if it has a zero point, see `yolotrt.network.ranges`; None for symmetric ones.
+            ``mse`` weighs the rounding of such a range.
     """
     if histogram.largest == 0.0:
         return 0.0
-    return min(_METHODS[method](histogram), histogram.largest)
+    found = _mse(histogram, lowest) if method == "mse" else _METHODS[method](histogram)
+    return min(found, histogram.largest)
 
 
 def _max(histogram: Histogram) -> float:
@@ -125,19 +129,19 @@ def _percentile(histogram: Histogram) -> float:
     return (index + 1) * histogram.width
 
 
-def _mse(histogram: Histogram) -> float:
+def _mse(histogram: Histogram, lowest: float | None) -> float:
     candidates = np.geomspace(MSE_LEAST_PART, 1.0, MSE_CANDIDATES) * histogram.largest
     used = np.flatnonzero(histogram.counts)
     centres = np.asarray((used + 0.5) * histogram.width, np.float64)
     counts = histogram.counts[used].astype(np.float64)
-    errors = [_squared_error(centres, counts, float(candidate)) for candidate in candidates]
+    errors = [_squared_error(centres, counts, float(candidate), lowest) for candidate in candidates]
     return float(candidates[int(np.argmin(errors))])
 
 
-def _squared_error(values: Float, counts: Float, largest: float) -> float:
-    """Sum of squared errors of quantizing each value `counts` times with `largest` as 127."""
-    scale = largest / INT8_MAX
-    error = values - np.minimum(np.rint(values / scale), INT8_MAX) * scale
+def _squared_error(values: Float, counts: Float, largest: float, lowest: float | None) -> float:
+    """Sum of squared errors of quantizing each value `counts` times with `largest` as the largest integer."""
+    scale = largest / INT8_MAX if lowest is None else whole_range_step(largest, lowest)
+    error = values - np.rint(np.minimum(values, largest) / scale) * scale
     return float(counts @ (error * error))
 
 
@@ -170,7 +174,6 @@ _METHODS: Mapping[str, Callable[[Histogram], float]] = {
     "max": _max,
     "percentile": _percentile,
     "entropy": _entropy,
-    "mse": _mse,
 }
 
 

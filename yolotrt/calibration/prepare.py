@@ -13,8 +13,9 @@ from yolotrt.errors import InputError
 from yolotrt.network.quantize import ONNX_RUNTIME, TENSORRT, Placement, Quantization
 from yolotrt.weights import Weights
 
-CLEARLY_DB = 1.0
-"""``objects`` is taken if it is so much better than ``mse``: a tie on eight pictures decides nothing."""
+CLEARLY_DB = 3.0
+"""``objects`` is taken if its signal-to-noise ratio is so much better than that of ``mse``, half the error: it cares for
+the edges of boxes alone, and faint objects pay for that (docs/int8.md)."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,17 @@ def _find_table(
 ) -> FoundTable:
     """The scales by the method asked for; ``auto`` is ``objects`` where that is clearly better."""
     if options.method != AUTO_METHOD or (options.table is not None and options.table.exists()):
-        return find_table(weights, weights_sha256, imgsz, options)
+        return find_table(weights, weights_sha256, imgsz, options, zero_points=placement.has_zero_points)
     from yolotrt.calibration.sensitivity import Heads, some_pictures
 
     usual, at_objects = (
-        find_table(weights, weights_sha256, imgsz, replace(options, method=method, table=None))
+        find_table(
+            weights,
+            weights_sha256,
+            imgsz,
+            replace(options, method=method, table=None),
+            zero_points=placement.has_zero_points,
+        )
         for method in AUTO_METHODS
     )
     heads = Heads(weights, imgsz, list(some_pictures(PictureFeed.find(options.calib, imgsz))))

@@ -35,6 +35,7 @@ class TableSource:
         method: How the ranges were chosen.
         pictures_sha256: Of the pictures' contents.
         letterbox: Rule of the letterbox.
+        zero_points: Whether the ranges were chosen for a library that has zero points; the table serves others as well.
     """
 
     weights_sha256: str
@@ -42,10 +43,11 @@ class TableSource:
     method: str
     pictures_sha256: str
     letterbox: Mapping[str, Any]
+    zero_points: bool = False
 
     def key(self) -> str:
         """SHA-256 over all of it and the format's version."""
-        values = [FORMAT_VERSION, self.weights_sha256, self.imgsz, self.method, self.pictures_sha256]
+        values = [FORMAT_VERSION, self.weights_sha256, self.imgsz, self.method, self.pictures_sha256, self.zero_points]
         return hashlib.sha256(json.dumps([*values, dict(self.letterbox)], sort_keys=True).encode()).hexdigest()
 
 
@@ -77,7 +79,7 @@ class ScaleTable:
         head = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "about": "a value x is stored as round(x / scale), -128 to 127; tensors of a line share the scale",
+            "about": "127 x scale is the largest value that INT8 holds of a tensor; tensors of a line share it",
             "key": self.source.key(),
             "weights_sha256": self.source.weights_sha256,
             "imgsz": self.source.imgsz,
@@ -85,6 +87,7 @@ class ScaleTable:
             "pictures": self.pictures,
             "pictures_sha256": self.source.pictures_sha256,
             "letterbox": dict(self.source.letterbox),
+            "zero_points": self.source.zero_points,
         }
         lines = [f' "{name}": {json.dumps(value)},' for name, value in head.items()]
         rows = [json.dumps({"scale": scale, "tensors": names}) for scale, names in self.groups]
@@ -116,6 +119,7 @@ class ScaleTable:
                 method=str(values["method"]),
                 pictures_sha256=str(values["pictures_sha256"]),
                 letterbox=dict(values["letterbox"]),
+                zero_points=bool(values.get("zero_points", False)),
             )
             groups = tuple((row["scale"], tuple(map(str, row["tensors"]))) for row in values["scales"])
             table = cls(source, int(values["pictures"]), groups)

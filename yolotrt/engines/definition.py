@@ -15,6 +15,7 @@ from yolotrt.errors import BuildError, YolotrtError
 from yolotrt.network.builder import INPUT_NAME, NetworkBuilder
 from yolotrt.network.ops import Tensor
 from yolotrt.network.quantize import ONNX_RUNTIME, Placement
+from yolotrt.network.ranges import use_whole_range
 from yolotrt.weights import Weights
 
 _log = logging.getLogger(__name__)
@@ -119,6 +120,8 @@ def build_plan(trt: Any, weights: Weights, options: CompleteOptions, hooks: Buil
         placement=hooks.placement,
     )
     heads = definition.build_heads(-1 if options.is_dynamic else options.batch_range[2], *options.imgsz)
+    if options.precision == "int8" and hooks.placement.has_zero_points:
+        use_whole_range(network)
     outputs = hooks.finish_network(definition, network, heads)
     config = builder.create_builder_config()
     _set_profile(builder, config, options)

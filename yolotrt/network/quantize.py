@@ -1,8 +1,9 @@
 """Where INT8 begins and ends in a network: explicit quantize and dequantize layers (Q/DQ), placed by one table.
 
 A value x is stored as q = clip(round(x / scale), -128, 127), ties to even, and read as q x scale. Activations have one
-scale a tensor, kernels one an output channel; there are no zero points, since TensorRT knows none. A library fuses a
-layer into an 8-bit kernel when it finds Q/DQ where that kernel begins and ends, which is what a `Placement` says.
+scale a tensor, kernels one an output channel. TensorRT knows no zero points; where a library does, `ranges` adds them
+afterwards. A library fuses a layer into an 8-bit kernel when it finds Q/DQ where that kernel begins and ends, which is
+what a `Placement` says.
 """
 
 from __future__ import annotations
@@ -46,12 +47,14 @@ class Placement:
             activations always, so that all readers share the 8-bit value.
         reads_pictures: Whether the convolution that reads the network's input is one of them.
         high_precision: The type of all else: ``fp16`` or ``fp32``.
+        has_zero_points: Whether the library takes them; see `yolotrt.network.ranges`.
     """
 
     reads: frozenset[str]
     writes: frozenset[str] = frozenset()
     reads_pictures: bool = True
     high_precision: str = "fp16"
+    has_zero_points: bool = False
 
 
 _EIGHT_BIT_LAYERS = frozenset({CONVOLUTION, ADD, CONCAT, MAX_POOL, RESIZE})
@@ -75,6 +78,7 @@ ONNX_RUNTIME = Placement(
     writes=_EIGHT_BIT_LAYERS | {SIGMOID, ACTIVATION},
     reads_pictures=False,
     high_precision="fp32",
+    has_zero_points=True,
 )
 """ONNX Runtime on a CPU."""
 
@@ -212,7 +216,7 @@ def scale_groups(network: recorder.Network) -> tuple[tuple[str, ...], ...]:
             continue
         names.append(output.name)
         leader[output.name] = output.name
-        if _copies(layer):
+        if copies(layer):
             for tensor in layer.inputs:
                 leader[find(tensor.name)] = find(output.name)
     groups: dict[str, list[str]] = {}
@@ -223,11 +227,11 @@ def scale_groups(network: recorder.Network) -> tuple[tuple[str, ...], ...]:
 
 def computed_tensors(network: recorder.Network) -> frozenset[str]:
     """Names of tensors with values of their own: inputs, and outputs of layers that do more than copy."""
-    layers = (layer.output.name for layer in network.layers if not _copies(layer))
+    layers = (layer.output.name for layer in network.layers if not copies(layer))
     return frozenset((*(tensor.name for tensor in network.inputs), *layers))
 
 
-def _copies(layer: recorder.Layer) -> bool:
+def copies(layer: recorder.Layer) -> bool:
     """Whether every value of its output is one of its inputs'."""
     if isinstance(layer, recorder.PoolingLayer):
         return bool(layer.type == recorder.PoolingType.MAX)

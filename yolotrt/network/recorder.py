@@ -649,7 +649,11 @@ class CastLayer(Layer):
 
 
 class QuantizeLayer(Layer):
-    """Real values to INT8 or back, with one scale, or one a channel along `axis`."""
+    """Real values to INT8 or back, with one scale, or one a channel along `axis`.
+
+    Attributes:
+        zero_point: The integer that stands for 0. TensorRT's layers know no other than 0, ONNX's do.
+    """
 
     def __init__(self, x: Tensor, scale: Tensor, to_type: DataType, dequantize: bool) -> None:
         self.kind = "Dequantize" if dequantize else "Quantize"
@@ -657,6 +661,7 @@ class QuantizeLayer(Layer):
         self.dequantize = dequantize
         self.to_type = to_type
         self.axis = -1
+        self.zero_point = 0
 
     def infer(self) -> tuple[Sequence[int], DataType]:
         """The input's shape in the new type."""
