@@ -154,7 +154,12 @@ def test_int8_is_calibrated_and_says_what_became_of_it(run, tiny_weights, monkey
         picture = np.random.default_rng(index).integers(0, 256, (5, 7, 3), np.uint8)
         cv2.imwrite(f"calib_images/{index}.png", cv2.resize(picture, (70, 50)))
     command = ("-s", "--weights", "tiny.wts", "--precision", "int8", "--int8-keep", "model.1")
-    first = run(*command, "--calib-table", "scales.json").assert_succeeds().out
+    built = run(*command, "--calib-table", "scales.json")
+    assert (built.status, built.err.splitlines()) == (
+        0,
+        ["calibrating with 16 pictures (mse)", "calibrating with 16 pictures (objects)"],
+    )
+    first = built.out
     assert "5 of 8 convolutions fp32, 3 int8; kept in high precision: model.1\n" in first
     assert "scales: mse of 16 pictures, calibrated now, written to scales.json\n" in first
     again = run(*command, "--calib", "calib_images").assert_succeeds().out

@@ -56,9 +56,11 @@ def spoiled(table: ScaleTable, tensor: str) -> ScaleTable:
 
 
 @pytest.mark.parametrize("placement", [FLOAT_TENSORRT, ONNX_RUNTIME], ids=["tensorrt", "onnxruntime"])
-def test_the_layer_with_a_bad_scale_is_found_and_kept(tiny_weights, table, options, placement: Placement):
+def test_the_layer_with_a_bad_scale_is_found_and_kept(tiny_weights, table, options, placement: Placement, capsys):
     bad = spoiled(table, "model.2.act")  # what the fourth convolution reads
     analysis = analyse(tiny_weights, SIZE, bad, options, placement)
+    said = f"measuring how much INT8 hurts each of {len(analysis.layers)} layers"
+    assert said in capsys.readouterr().err.splitlines()
     assert analysis.layers[0].name == "model.3.conv"
     assert analysis.layers[0].snr_db < min(layer.snr_db for layer in analysis.layers[1:]) - 5
     assert "model.3.conv" in analysis.keep
@@ -179,7 +181,7 @@ def test_auto_takes_the_method_with_the_least_error(tiny_weights, options, monke
         assert notes["scales"].endswith(f"written to {int8.table}")
 
 
-def test_labels_add_precisions_to_the_report(tiny_weights, table, options, tmp_path):
+def test_labels_add_precisions_to_the_report(tiny_weights, table, options, tmp_path, capsys):
     pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed")
     labels = tmp_path / "labels.json"
     names = tiny_weights.metadata.names
@@ -201,6 +203,7 @@ def test_labels_add_precisions_to_the_report(tiny_weights, table, options, tmp_p
     worst = [f"{row.name} alone in INT8" for row in analysis.layers[:3]]
     whole = ["floating point", "whole network in INT8", "with the kept layers in high precision"]
     assert list(analysis.precisions) == [*whole, *worst]
+    assert f"evaluating {len(analysis.precisions)} networks with {labels}" in capsys.readouterr().err.splitlines()
     text = (tmp_path / "report" / "report.md").read_text()
     for name, value in analysis.precisions.items():
         assert 0 <= value <= 1

@@ -22,6 +22,7 @@ from yolotrt.network.builder import INPUT_NAME
 from yolotrt.network.quantize import INT8_MAX, scale_groups
 from yolotrt.network.ranges import lowest_values
 from yolotrt.preprocess import LETTERBOX_RULE
+from yolotrt.shell import print_beside_progress
 from yolotrt.weights import Weights
 
 PICTURE_SCALE = 1 / INT8_MAX
@@ -106,6 +107,7 @@ def calibrate(
     lowest: Mapping[str, float] | None = None,
 ) -> ScaleTable:
     """Observe the float network, where `finder` finds objects or everywhere, and choose scales; see `make_table`."""
+    print_beside_progress(f"calibrating with {len(feed.paths)} pictures ({source.method})")
     histograms, pictures = observe(activations, feed, finder)
     return make_table(histograms, activations.groups, source, pictures, lowest)
 

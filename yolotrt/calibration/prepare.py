@@ -14,8 +14,8 @@ from yolotrt.network.quantize import ONNX_RUNTIME, TENSORRT, Placement, Quantiza
 from yolotrt.weights import Weights
 
 CLEARLY_DB = 3.0
-"""``objects`` is taken if its signal-to-noise ratio is so much better than that of ``mse``, half the error: it cares for
-the edges of boxes alone, and faint objects pay for that (docs/int8.md)."""
+"""``objects`` is taken if its signal-to-noise ratio is so much better than that of ``mse``: it cares for the edges of
+boxes alone, and faint objects pay for that (docs/int8.md)."""
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from yolotrt.files import atomic_write_text
 from yolotrt.network import recorder
 from yolotrt.network.builder import INPUT_NAME
 from yolotrt.network.quantize import ACTIVATION, CONVOLUTION, SIGMOID, Placement, Quantization
+from yolotrt.shell import print_beside_progress
 from yolotrt.weights import Weights
 
 _log = logging.getLogger(__name__)
@@ -215,6 +216,7 @@ def _measure_layers(
         for layer in convolutions
         if not layer.output.is_network_output and (placement.reads_pictures or not layer.inputs[0].is_network_input)
     ]
+    print_beside_progress(f"measuring how much INT8 hurts each of {len(able)} layers")
     found = []
     for layer in tqdm(able, desc="measuring layers", unit="layer", disable=None, file=sys.stderr, leave=False):
         alone = _alone(layer, convolutions, table)
@@ -255,6 +257,8 @@ def _precisions(
     """See `Analysis.precisions`."""
     from yolotrt.calibration.accuracy import Accuracy
 
+    count = 2 + bool(keep) + len(layers[:EVALUATED_LAYERS])
+    print_beside_progress(f"evaluating {count} networks with {labels}")
     accuracy = Accuracy(weights, imgsz, labels)
     found = {
         "floating point": accuracy.of_float(),
