@@ -650,7 +650,18 @@ def webcam(options: argparse.Namespace) -> int:
 
 
 def _detector_options(options: argparse.Namespace) -> dict[str, Any]:
-    """What the detector is to be opened with."""
+    """What the detector is to be opened with.
+
+    Raises:
+        InputError: if a threshold is out of range. The detector checks them as well, but by their names in Python.
+    """
+    from yolotrt.detector import MAX_DETECTIONS_LIMIT
+
+    for name, value in (("--conf", options.conf), ("--iou", options.iou)):
+        if not 0 <= value <= 1:
+            raise InputError(f"{name} {value:g} is out of range: choose a value from 0 to 1")
+    if not 1 <= options.max_det <= MAX_DETECTIONS_LIMIT:
+        raise InputError(f"--max-det {options.max_det} is out of range: choose 1 to {MAX_DETECTIONS_LIMIT}")
     return {
         "confidence": options.conf,
         "iou": options.iou,

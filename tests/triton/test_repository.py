@@ -107,7 +107,7 @@ def test_what_cannot_be_served_is_refused_by_name(tmp_path, tiny_engine, change,
     [
         (["--triton-name", "a b"], "is no name of a model"),
         (["--triton-instances", "0"], "0 instances of each model: choose at least 1"),
-        (["--conf", "2"], "confidence 2.0 is out of range"),
+        (["--conf", "2"], "--conf 2 is out of range"),
         (["--save-txt"], "--save-txt belongs to -d and has no effect on --export-triton"),
     ],
 )
