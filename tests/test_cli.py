@@ -707,8 +707,8 @@ def bad_files(golden, monkeypatch) -> None:
         ("-s --weights good.pt --precision int3", "argument --precision: invalid choice: 'int3'"),
         ("-s --weights good.pt --calib folder", "--calib has an effect on INT8 alone: add --precision int8"),
         ("-s --weights good.pt --precision int8", "no folder calib_images here: name yours with --calib"),
-        ("-s --weights good.pt --precision int8 --calib nope", "source nope does not exist: check the path"),
-        ("-s --weights good.pt --precision int8 --calib folder", "folder folder holds no picture"),
+        ("-s --weights good.pt --precision int8 --calib nope", "--calib: source nope does not exist: check"),
+        ("-s --weights good.pt --precision int8 --calib folder", "error: --calib: folder folder holds no picture"),
         (
             "-s --weights good.pt --precision int8 --calib picture.jpg",
             "^.*: 1 calibration picture can be read, at least",

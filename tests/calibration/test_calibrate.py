@@ -112,6 +112,9 @@ def test_without_pictures_the_message_says_what_to_give(tmp_path, tiny_weights, 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="no folder calib_images here: name yours with --calib"):
         find_table(tiny_weights, "", SIZE, Int8Options())
+    (tmp_path / "calib_images").mkdir()
+    with pytest.raises(InputError, match=r"^without --calib: folder calib_images holds no picture"):
+        find_table(tiny_weights, "", SIZE, Int8Options())
 
 
 def test_scales_are_what_the_tensors_show(pictures, tiny_weights):

@@ -45,17 +45,21 @@ class PictureFeed:
             imgsz: Network input height and width in pixels.
 
         Raises:
-            InputError: if there are none, or fewer than `MIN_PICTURES`.
+            InputError: if there are none, or fewer than `MIN_PICTURES`; it names the option ``--calib``.
         """
         if source is None and not DEFAULT_FOLDER.is_dir():
             raise InputError(
                 f"INT8 needs pictures to calibrate with, and there is no folder {DEFAULT_FOLDER} here: "
                 "name yours with --calib"
             )
-        found = expand_sources([source or DEFAULT_FOLDER])
+        try:
+            found = expand_sources([source or DEFAULT_FOLDER])
+        except InputError as problem:
+            origin = "without --calib" if source is None else "--calib"
+            raise InputError(f"{origin}: {problem}") from problem
         paths = tuple(path for path in found if isinstance(path, Path) and not is_url(path) and not is_video(path))
         if len(paths) < len(found):
-            _log.warning("left out of the calibration: %d videos and streams", len(found) - len(paths))
+            _log.warning("left out of the calibration: %d of %d are no pictures", len(found) - len(paths), len(found))
         _require_enough(len(paths), len(paths))
         return cls(paths, imgsz)
 
