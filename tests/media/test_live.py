@@ -203,10 +203,12 @@ def test_a_video_plays_as_a_camera_at_its_own_rate(tmp_path):
     assert sources.statuses()[0].received == 25
 
 
-def test_a_camera_that_is_not_there_is_named():
-    _, errors = read(LiveSources(["99"]))
+@pytest.mark.parametrize("source", ["99", "/dev/video99"])
+def test_a_camera_that_is_not_there_is_named(source, capfd):
+    _, errors = read(LiveSources([source]))
     assert len(errors) == 1
-    assert errors[0].startswith("camera 99 cannot be opened: check that it is plugged in")
+    assert errors[0].startswith(f"camera {source} cannot be opened: check that it is plugged in")
+    assert capfd.readouterr().err == ""  # neither OpenCV nor FFmpeg adds a line of its own
 
 
 @pytest.mark.parametrize(

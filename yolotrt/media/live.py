@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import logging
+import os
 import re
 import threading
 import time
@@ -115,9 +116,11 @@ class CameraReader(Reader):
     """A camera of this machine, or a stream where PyAV is missing, read by OpenCV."""
 
     def __init__(self, source: int | str) -> None:
-        with opencv_quiet():
-            self._capture = cv2.VideoCapture(source)
         self._name = public_name(str(source))
+        # of a device that is not there FFmpeg, inside OpenCV, would print a line of its own
+        can_be_opened = not _is_device(source) or os.access(source, os.R_OK | os.W_OK)
+        with opencv_quiet():
+            self._capture = cv2.VideoCapture(source) if can_be_opened else cv2.VideoCapture()
         if not self._capture.isOpened():
             self._capture.release()
             raise VideoError(
@@ -172,11 +175,15 @@ def open_reader(source: str) -> Reader:
     """
     if source.isdecimal():
         return CameraReader(int(source))
-    if source.startswith("/dev/"):
+    if _is_device(source):
         return CameraReader(source)
     if "://" in source:
         return StreamReader(source) if has_pyav() else CameraReader(source)
     return VirtualCamera(Path(source))
+
+
+def _is_device(source: int | str) -> bool:
+    return isinstance(source, str) and source.startswith("/dev/")
 
 
 def result_stem(source: str) -> str:
