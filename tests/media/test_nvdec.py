@@ -80,7 +80,7 @@ def test_a_codec_that_the_gpu_lacks_is_named(gpu, tmp_path):
 @pytest.mark.parametrize("missing", ["PyNvVideoCodec", "cupy"])
 def test_a_missing_library_is_named(gpu, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(BackendUnavailableError, match=rf"{missing} cannot be loaded .*: run pip install PyNv"):
+    with pytest.raises(BackendUnavailableError, match=rf'{missing} cannot be loaded .*: run .*"yolotrtx\[gpu,nvdec\]"'):
         list(read_video_on_gpu(Path("a.mp4"), host_memory, Span()))
 
 

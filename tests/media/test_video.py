@@ -139,7 +139,9 @@ def test_opencv_reads_where_pyav_is_missing(clip, no_pyav):
     assert [number_of(frame.image) for frame in frames] == list(range(30))
     assert [frame.time_s for frame in frames] == pytest.approx([index / 25 for index in range(30)])
     assert count_frames(clip, Span()) is None
-    with pytest.raises(BackendUnavailableError, match=r"PyAV cannot be loaded .*: pip install av"):
+    with pytest.raises(
+        BackendUnavailableError, match=r'PyAV cannot be loaded .*: run pip install "yolotrtx\[video\]"$'
+    ):
         load_pyav()
 
 

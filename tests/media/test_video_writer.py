@@ -182,7 +182,7 @@ def test_only_whole_boxes_reach_the_disk_whatever_the_pieces(tmp_path):
 def test_a_missing_encoder_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(av, "codecs_available", {"mpeg4"})
     clip = Clip("x", 48, 64, Fraction(25), Fraction(1, 25))
-    with pytest.raises(BackendUnavailableError, match=r"no H\.264 encoder: pip install av.*or use --no-save"):
+    with pytest.raises(BackendUnavailableError, match=r"no H\.264 encoder: run pip install .* av, .*or use --no-save"):
         VideoWriter(tmp_path / "a.mp4", clip)
     assert not list(tmp_path.iterdir())
 

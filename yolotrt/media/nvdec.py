@@ -20,7 +20,7 @@ from yolotrt.errors import BackendUnavailableError, VideoError
 from yolotrt.media.frames import Allocate, Clip, Frame, Image, Span, host_memory
 from yolotrt.media.video import read_video
 
-_INSTALL = "run pip install PyNvVideoCodec and yolotrt's extra gpu, or leave out --nvdec"
+_INSTALL = 'run pip install "yolotrtx[gpu,nvdec]", or leave out --nvdec'
 
 
 def read_video_on_gpu(path: Path, _allocate: Allocate, span: Span) -> Iterator[Frame]:

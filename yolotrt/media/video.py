@@ -22,7 +22,7 @@ from yolotrt.media.sources import is_url, public_name, source_name
 
 log = logging.getLogger(__name__)
 
-INSTALL_PYAV = 'pip install av, or yolotrt with its extra "video"'
+INSTALL_PYAV = 'run pip install "yolotrtx[video]"'
 DEFAULT_RATE = Fraction(30)
 """Where a source declares no rate, or one that no camera has."""
 MAX_RATE = 1000

@@ -14,7 +14,7 @@ import numpy as np
 from yolotrt.errors import BackendUnavailableError, OutputError
 from yolotrt.media.frames import Clip, Frame, Image
 from yolotrt.media.sources import source_name
-from yolotrt.media.video import INSTALL_PYAV, load_pyav, reason
+from yolotrt.media.video import load_pyav, reason
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,8 @@ class VideoWriter:
         available = [name for name in _H264_ENCODERS if name in self._av.codecs_available]
         if not available:
             raise BackendUnavailableError(
-                f"this PyAV has no H.264 encoder: {INSTALL_PYAV}, whose wheels have one, or use --no-save"
+                "this PyAV has no H.264 encoder: run pip install --force-reinstall av, whose wheels have one, "
+                "or use --no-save"
             )
         clip = self._clip
         stream = self._container.add_stream(available[0], rate=clip.rate)
