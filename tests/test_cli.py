@@ -171,6 +171,14 @@ def test_int8_is_calibrated_and_says_what_became_of_it(run, tiny_weights, monkey
     unknown.assert_fails(2, "--int8-keep model.77: the model has no layer of that name")
 
 
+def test_a_very_large_batch_is_warned_of_before_the_build(run, tiny_weights, caplog):
+    save_weights(tiny_weights, "tiny.wts")
+    warning = "a batch of 1024 with 256x256 pixels is 0.8 GB in float32"
+    for batch, expected in (("1", False), ("1024", True)):
+        run("-s", "--weights", "tiny.wts", "--imgsz", "256", "--batch", batch)
+        assert (warning in caplog.text) == expected
+
+
 def test_the_raw_plan_is_the_engine_without_its_header(run, tiny_weights):
     onnx = pytest.importorskip("onnx", reason="the raw plan of ONNX Runtime is read with onnx")
     save_weights(tiny_weights, "tiny.wts")

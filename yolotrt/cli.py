@@ -30,6 +30,11 @@ DEFAULT_EVAL_OUTPUT = Path("runs/eval")
 DEFAULT_BENCHMARK_OUTPUT = Path("runs/benchmark")
 DEFAULT_SAMPLES = Path("samples")
 
+LARGE_INPUT_BYTES = 500_000_000
+"""About 100 pictures of 640x640: with YOLOv5x the first layer's output alone is nearly seven times as large."""
+
+_log = logging.getLogger(__name__)
+
 ENGINE_HELP = "engine file that -s writes and -d runs (default: %(default)s)"
 
 USAGE = f"""{PROGRAM} -s [--weights FILE] [--engine FILE] [option ...]
@@ -438,6 +443,7 @@ def serialize(options: argparse.Namespace) -> int:
     weights = load_weights(options.weights)
     for conclusion in weights.metadata.inferred:
         print(printable(f"{options.weights}: inferred {conclusion}"))
+    _warn_of_size(build_options.max_batch or 1, build_options.imgsz or weights.metadata.imgsz)
     replaced = " (replaced)" if options.engine.exists() else ""
     engine = build_engine(weights, options.engine, backend=options.backend, options=build_options)
     if options.raw_plan is not None:
@@ -455,6 +461,19 @@ def serialize(options: argparse.Namespace) -> int:
     if header.precision == "int8":
         _print_int8(header)
     return 0
+
+
+def _warn_of_size(batch: int, imgsz: tuple[int, int]) -> None:
+    """Say before the build that it is a large one: TensorRT may work on it for long without a word."""
+    size = batch * 3 * imgsz[0] * imgsz[1] * 4  # float32
+    if size >= LARGE_INPUT_BYTES:
+        _log.warning(
+            "a batch of %d with %dx%d pixels is %.1f GB in float32, and layers take several times as much: "
+            "building and running it may take long, or not fit into memory",
+            batch,
+            *imgsz,
+            size / 1e9,
+        )
 
 
 def _gpu_details(header: EngineHeader) -> str:
