@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -124,11 +128,18 @@ def test_a_failure_comes_with_the_result_of_its_batch_alone(session):
     assert len(good.result()[0].xyxy) == 1 == len(session.detect([picture(7)], OPTIONS)[0].xyxy)
 
 
-def test_a_result_that_was_under_way_can_be_taken_after_the_session_is_closed(session):
-    session.gate.set()
-    pending = session.submit([picture(7)], OPTIONS)
+def test_closing_finishes_what_is_computed_and_drops_what_has_not_begun(session):
+    pending = [session.submit([picture(value)], OPTIONS) for value in (1, 2, 3)]
+    for _ in range(2):
+        assert session.begun.acquire(timeout=30)
+    opener = threading.Timer(0.1, session.gate.set)
+    opener.start()
     session.close()
-    assert len(pending.result()[0].xyxy) == 1
+    for waiting in pending[:2]:
+        assert len(waiting.result()[0].xyxy) == 1
+    with pytest.raises(InputError, match="the session was closed before it came to this batch"):
+        pending[2].result()
+    assert len(session.alone) == 2
     for use in (
         lambda: session.submit([picture(7)], OPTIONS),
         lambda: session.run(np.zeros((1, 3, *session.header.imgsz), np.float32)),
@@ -155,6 +166,12 @@ def interrupted(*_args: object, **_kwargs: object) -> None:
     raise KeyboardInterrupt
 
 
+def test_large_batches_are_not_computed_side_by_side(tiny_dynamic_engine):
+    assert tiny_dynamic_engine.header.max_batch == 4
+    with OnnxRuntimeSession(tiny_dynamic_engine, threads=8) as session:
+        assert session.batches_in_flight == 2  # one is computed, one prepared
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5, 8])
 def test_batches_side_by_side_give_the_same_bits_as_one_alone(tiny_engine, threads):
     rng = np.random.default_rng(0)
@@ -167,3 +184,44 @@ def test_batches_side_by_side_give_the_same_bits_as_one_alone(tiny_engine, threa
             (found,) = waiting.result()
             np.testing.assert_array_equal(found.xyxy, wanted.xyxy)
             np.testing.assert_array_equal(found.confidence, wanted.confidence)
+
+
+def test_time_of_batches_side_by_side_counts_once(session):
+    pending = [session.submit([picture(value)], OPTIONS) for value in (1, 2)]
+    for _ in range(2):
+        assert session.begun.acquire(timeout=30)
+    began = time.perf_counter()
+    time.sleep(0.2)
+    session.gate.set()
+    for waiting in pending:
+        waiting.result()
+    waited_ms = (time.perf_counter() - began) * 1e3
+    assert 200 <= session.timing.inference_ms <= waited_ms + 150  # they began a moment before
+    assert pickle.loads(pickle.dumps(session.timing)).pictures == 2
+
+
+def test_pictures_are_not_kept_until_their_batch_is_computed(session):
+    frame = picture(3)
+    seen = weakref.ref(frame)
+    session.submit([frame], OPTIONS)
+    del frame
+    assert seen() is None
+
+
+def test_a_thread_goes_on_detecting_when_the_program_ends(tiny_engine, tmp_path):
+    path = tmp_path / "tiny.engine"
+    tiny_engine.save(path)
+    program = (
+        "import sys, threading, time, numpy as np\n"
+        "from yolotrt import Detector\n"
+        "def work():\n"
+        "    detector = Detector(sys.argv[1])\n"
+        "    detector(np.zeros((64, 64, 3), np.uint8))\n"
+        "    threading.main_thread().join()\n"
+        "    time.sleep(0.3)\n"
+        "    print(len(detector([np.zeros((64, 64, 3), np.uint8)] * 5)))\n"
+        "threading.Thread(target=work).start()\n"
+    )
+    command = [sys.executable, "-c", program, str(path)]
+    found = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert (found.stdout, found.stderr, found.returncode) == ("5\n", "", 0)

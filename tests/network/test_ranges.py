@@ -153,3 +153,13 @@ def test_a_convolution_that_others_read_as_well_has_no_floor():
     pool.name = "pool"
     assert "y" not in lowest_values(network)
     assert computed_tensors(network) >= {"y"}
+
+
+def test_a_product_with_an_activation_of_something_else_has_no_bound():
+    network = recorder.Network()
+    x, y = (network.add_input(name, recorder.float32, (1, 1, 4, 4)) for name in "xy")
+    gate = network.add_activation(y, recorder.ActivationType.SIGMOID)
+    gate.name = "gate"
+    product = network.add_elementwise(x, gate.get_output(0), recorder.ElementWiseOperation.PROD)
+    product.name = product.get_output(0).name = "product"
+    assert "product" not in lowest_values(network)

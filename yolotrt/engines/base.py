@@ -201,13 +201,17 @@ class Plan:
     findings: Mapping[str, Any] = field(default_factory=dict)
 
 
+_ADDING = threading.Lock()
+
+
 @dataclass
 class Timing:
     """Where a session's time went, in milliseconds, summed over `pictures`.
 
     Attributes:
         preprocess_ms: Letterbox and conversion. On a GPU: handing the frames over.
-        inference_ms: The engine. On a GPU: waiting for all from the upload to the boxes.
+        inference_ms: The engine; time in which a CPU computes several batches side by side counts once. On a GPU:
+            waiting for all from the upload to the boxes.
         postprocess_ms: YoloLayer, NMS and scaling back to the pictures. On a GPU: scaling back alone.
         pictures: Number of pictures.
     """
@@ -216,13 +220,12 @@ class Timing:
     inference_ms: float = 0.0
     postprocess_ms: float = 0.0
     pictures: int = 0
-    _adding: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     def add(
         self, *, preprocess_ms: float = 0.0, inference_ms: float = 0.0, postprocess_ms: float = 0.0, pictures: int = 0
     ) -> None:
         """Add to the sums; several threads may do so."""
-        with self._adding:
+        with _ADDING:
             self.preprocess_ms += preprocess_ms
             self.inference_ms += inference_ms
             self.postprocess_ms += postprocess_ms

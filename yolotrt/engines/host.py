@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -91,6 +92,10 @@ class HostSession(Session):
         self._outputs = _make_outputs(header)  # of `run`
         self._under_way: deque[_HostPending] = deque()
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix=f"{THREAD_PREFIX}-engine")
+        self._counting = threading.Lock()
+        self._waiting = 0  # batches submitted and not finished
+        self._computing = 0  # those of them that the engine works on
+        self._counted_at = 0.0  # until when the engine's time is counted
         self._is_closed = False
 
     @abc.abstractmethod
@@ -119,9 +124,13 @@ class HostSession(Session):
         for frame, out in zip(frames, buffers.images, strict=False):
             Letterbox.fit(frame.shape[:2], self.header.imgsz).to_input(frame, out)
         self.timing.add(preprocess_ms=(time.perf_counter() - began) * 1e3, pictures=len(frames))
-        pending = _HostPending(lambda: self._detect(buffers, len(frames), options))
+        count = len(frames)
+        pending = _HostPending(lambda: self._detect(buffers, count, options))
+        with self._counting:
+            self._waiting += 1
         self._under_way.append(pending)
-        self._workers.submit(pending.finish)
+        with contextlib.suppress(RuntimeError):  # at the program's end no thread takes it: who wants the result does
+            self._workers.submit(pending.finish)
         return pending
 
     def run(self, images: Float) -> list[Float]:
@@ -134,25 +143,49 @@ class HostSession(Session):
         return outputs
 
     def close(self) -> None:
-        """Finish what is under way."""
+        """Finish what is computed; batches that have not begun are dropped."""
         self._is_closed = True
+        for pending in self._under_way:
+            pending.drop()
         self._finish_until(0)
         self._workers.shutdown()
 
     def _detect(self, buffers: _Buffers, count: int, options: NmsOptions) -> list[Boxes]:
         """The boxes of the first `count` letterboxed pictures."""
-        began = time.perf_counter()
         # a static or larger smallest batch is filled up: the surplus is stale input whose results nobody reads
         batch = max(count, self.header.batch_range[0])
-        is_alone = sum(not pending.is_finished for pending in tuple(self._under_way)) <= 1
         outputs = [output[:batch] for output in buffers.outputs]
-        self.compute(buffers.images[:batch], outputs, is_alone=is_alone)
-        inferred = time.perf_counter()
-        boxes = self._decoder.boxes([output[:count] for output in outputs], options)
-        self._free.append(buffers)
-        decoded = time.perf_counter()
-        self.timing.add(inference_ms=(inferred - began) * 1e3, postprocess_ms=(decoded - inferred) * 1e3)
+        try:
+            with self._busy() as is_alone:
+                self.compute(buffers.images[:batch], outputs, is_alone=is_alone)
+            inferred = time.perf_counter()
+            boxes = self._decoder.boxes([output[:count] for output in outputs], options)
+            self.timing.add(postprocess_ms=(time.perf_counter() - inferred) * 1e3)
+        finally:
+            self._free.append(buffers)
+            with self._counting:
+                self._waiting -= 1
         return boxes
+
+    @contextlib.contextmanager
+    def _busy(self) -> Iterator[bool]:
+        """While the engine computes: counts that time, once for all batches. Yields whether no other batch waits."""
+        with self._counting:
+            self._count_time(1)
+            is_alone = self._waiting <= 1
+        try:
+            yield is_alone
+        finally:
+            with self._counting:
+                self._count_time(-1)
+
+    def _count_time(self, change: int) -> None:
+        """Add the time since the last change to the engine's, if it was at work."""
+        now = time.perf_counter()
+        if self._computing:
+            self.timing.add(inference_ms=(now - self._counted_at) * 1e3)
+        self._computing += change
+        self._counted_at = now
 
     def _finish_until(self, count: int) -> None:
         """Wait until no more than `count` batches are under way."""
@@ -188,10 +221,13 @@ class _HostPending(Pending):
                 self._failure = problem
             self._compute = None
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether its result, or failure, is there."""
-        return self._compute is None
+    def drop(self) -> None:
+        """Compute it no more, unless that has begun."""
+        if self._finishing.acquire(blocking=False):
+            if self._compute is not None:
+                self._compute = None
+                self._failure = InputError("the session was closed before it came to this batch: take results first")
+            self._finishing.release()
 
     def result(self) -> list[Boxes]:
         """See `Pending.result`."""

@@ -28,7 +28,7 @@ _EXACT_INT8 = "session.x64quantprecision"
 """Session option: with 1, ONNX Runtime's 8-bit kernels are exact on any x86 CPU, but much slower than those of VNNI."""
 
 _SIDE_BY_SIDE = 4
-"""Batches that are computed at the same time at most: each has its own activations in memory."""
+"""Pictures in the batches that are computed at the same time at most: each has its own activations in memory."""
 
 _CORES = Path("/sys/devices/system/cpu")
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -78,11 +78,11 @@ class OnnxRuntimeSession(HostSession):
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads {threads!r}: choose a whole number of at least 1")
         cores = threads or _core_count()
-        workers = min(cores, _SIDE_BY_SIDE)
+        workers = max(1, min(cores, _SIDE_BY_SIDE // engine.header.max_batch))
         super().__init__(engine.header, workers=workers)
         self.leaves_cores_free = cores < _core_count()
         self._engine = engine
-        self._shared_threads = cores // workers
+        self._shared_threads = cores - workers + 1  # the workers compute, too, beside one pool for all of them
         try:
             self._session: Any = inference_session(engine.plan, threads)
         except _library_errors() as problem:

@@ -39,6 +39,8 @@ from yolotrt.shell import print_beside_progress, printable
 PROGRAM = "yolotrt"
 _LIVE_CAPACITY = 1
 """Frames of a live source that wait between two stages; each is a frame of delay."""
+_LIVE_BATCHES = 3
+"""Batches of live sources under way at most, likewise."""
 _TICK_S = 0.1
 _HELPER_NICENESS = 10
 """Added to the niceness of decoding, drawing and encoding beside an engine on some of the CPU's cores."""
@@ -236,6 +238,9 @@ class Run:
         """Detections of frames, in batches as large as the engine takes; of live frames, as large as are there."""
         size = self._detector.engine.header.max_batch
         under_way: deque[_Batch] = deque()
+        in_flight = self._detector.batches_in_flight
+        if self._live is not None:
+            in_flight = min(in_flight, _LIVE_BATCHES)
         batch: list[Frame] = []
         for frame in inbox:
             batch.append(frame)
@@ -244,7 +249,7 @@ class Run:
                 continue
             under_way.append(_Batch.submit(self._detector, batch))
             batch = []
-            while len(under_way) >= (1 if is_urgent else self._detector.batches_in_flight):
+            while len(under_way) >= (1 if is_urgent else in_flight):
                 yield from under_way.popleft().results()
         if batch:
             under_way.append(_Batch.submit(self._detector, batch))

@@ -123,13 +123,29 @@ class _LowestValues:
         if not isinstance(layer, recorder.ElementWiseLayer):
             return None
         if layer.op == recorder.ElementWiseOperation.PROD:
-            sources = [_real(operand).source for operand in layer.inputs]
-            types = [source.type for source in sources if isinstance(source, recorder.ActivationLayer)]
-            return _LOWEST_PRODUCTS.get(types[0]) if len(types) == 1 else None
+            a, b = (_real(operand) for operand in layer.inputs)
+            low = _lowest_product(a, b)
+            return _lowest_product(b, a) if low is None else low
         if layer.op == recorder.ElementWiseOperation.SUM:
             lows = [self.of(operand) for operand in layer.inputs]
             return None if None in lows else sum(low for low in lows if low is not None)
         return None
+
+
+def _lowest_product(x: recorder.Tensor, factor: recorder.Tensor) -> float | None:
+    """The lowest value of x times an activation of the same x."""
+    activation = factor.source
+    if not isinstance(activation, recorder.ActivationLayer):
+        return None
+    read = _real(activation.inputs[0])
+    if activation.type == recorder.ActivationType.TANH:  # of SOFTPLUS
+        if (
+            not isinstance(read.source, recorder.ActivationLayer)
+            or read.source.type != recorder.ActivationType.SOFTPLUS
+        ):
+            return None
+        read = _real(read.source.inputs[0])
+    return _LOWEST_PRODUCTS.get(activation.type) if read is x else None
 
 
 def _floor(tensor: recorder.Tensor) -> float | None:
