@@ -31,6 +31,7 @@ from yolotrt.weights import Weights
 
 SCALE = 0.05
 WARM_UP = 5
+RUNS_A_TURN = 10
 PROFILED_RUNS = 10
 
 
@@ -81,15 +82,19 @@ def in_words(convolutions: Mapping[str, int]) -> str:
 def interleaved_ms(
     models: Sequence[bytes], image: np.ndarray, threads: int, runs: int, clock: Callable[[], float]
 ) -> list[float]:
-    """Median milliseconds of each model; they take turns."""
+    """Median milliseconds of each model; they take turns of several runs.
+
+    The first runs of a turn do not count: the other session's threads wait for work on all cores for a while.
+    """
     sessions = [inference_session(model, threads) for model in models]
     times: list[list[float]] = [[] for _ in sessions]
-    for run in range(-WARM_UP, runs):
+    while len(times[-1]) < runs:
         for session, collected in zip(sessions, times, strict=True):
-            began = clock()
-            session.run(None, {INPUT_NAME: image})
-            if run >= 0:
-                collected.append((clock() - began) * 1e3)
+            for run in range(-WARM_UP, RUNS_A_TURN):
+                began = clock()
+                session.run(None, {INPUT_NAME: image})
+                if run >= 0:
+                    collected.append((clock() - began) * 1e3)
     return [statistics.median(collected) for collected in times]
 
 
