@@ -17,7 +17,6 @@ import argparse
 import os
 import tempfile
 import time
-from collections import deque
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,7 +67,7 @@ def measure(video: Path, detector: Any, frames: list[Frame], span: Span, folder:
         pass
     note("decode", began)
     began = time.perf_counter()
-    found = detect_all(detector, frames)
+    found = detector([frame.image for frame in frames])
     note("detect", began)
     began = time.perf_counter()
     drawn = [draw(frame.image, detections) for frame, detections in zip(frames, found, strict=True)]
@@ -86,17 +85,6 @@ def measure(video: Path, detector: Any, frames: list[Frame], span: Span, folder:
     return figures
 
 
-def detect_all(detector: Any, frames: list[Frame]) -> list[Detections]:
-    """Every frame's detections, with as many batches under way as in a run."""
-    found: list[Detections] = []
-    under_way: deque[Any] = deque()
-    for frame in frames:
-        under_way.append(detector.submit([frame.image]))
-        if len(under_way) == detector.batches_in_flight:
-            found += under_way.popleft().result()
-    return found + [detections for pending in under_way for detections in pending.result()]
-
-
 class StubDetector:
     """Finds two boxes in every frame and computes nothing; it may wait, as for a GPU."""
 
@@ -107,6 +95,11 @@ class StubDetector:
         self.batches_in_flight = 1
         self.leaves_cores_free = False
         self.frame_buffer = host_memory
+
+    def __call__(self, images: list[Any]) -> list[Detections]:
+        """The boxes of all."""
+        found: list[Detections] = self.submit(images).result()
+        return found
 
     def submit(self, images: list[Any]) -> Any:
         """The boxes."""

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from yolotrt.calibration import calibrate as module
-from yolotrt.calibration.activations import FLOORS, OnnxActivations
+from yolotrt.calibration.activations import OnnxActivations
 from yolotrt.calibration.calibrate import FoundTable, find_table, make_table, observe, scales_folder
 from yolotrt.calibration.feed import PictureFeed
 from yolotrt.calibration.observers import Histogram
@@ -21,6 +21,7 @@ from yolotrt.calibration.options import Int8Options
 from yolotrt.calibration.table import TableSource
 from yolotrt.errors import InputError, WeightsError
 from yolotrt.network import recorder
+from yolotrt.network.ranges import FLOORS
 from yolotrt.preprocess import Letterbox
 from yolotrt.weights import Weights
 

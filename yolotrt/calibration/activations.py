@@ -13,7 +13,7 @@ from yolotrt.network import recorder
 from yolotrt.network.builder import INPUT_NAME, NetworkBuilder
 from yolotrt.network.onnx_writer import write_onnx
 from yolotrt.network.quantize import computed_tensors, scale_groups
-from yolotrt.network.ranges import FLOORS
+from yolotrt.network.ranges import floor
 from yolotrt.weights import Weights
 
 Float = npt.NDArray[np.float32]
@@ -27,7 +27,7 @@ class ActivationSource(Protocol):
 
     Attributes:
         groups: Tensors in groups that share a scale; see `yolotrt.network.quantize.scale_groups`.
-        floors: Values of a tensor below its floor need no precision; see `FLOORS`.
+        floors: Values of a tensor below its floor need no precision; see `yolotrt.network.ranges.FLOORS`.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -83,13 +83,8 @@ def record(weights: Weights, imgsz: tuple[int, int]) -> recorder.Network:
 
 def _floors(network: recorder.Network) -> dict[str, float]:
     """The floor of every convolution's output that only an activation reads."""
-    return {
-        layer.output.name: FLOORS[reader.type]
-        for layer in network.layers
-        if isinstance(layer, recorder.ConvolutionLayer)
-        for reader in layer.output.consumers
-        if isinstance(reader, recorder.ActivationLayer) and reader.type in FLOORS
-    }
+    outputs = [layer.output for layer in network.layers if isinstance(layer, recorder.ConvolutionLayer)]
+    return {tensor.name: low for tensor in outputs if (low := floor(tensor)) is not None}
 
 
 def _chunks(tensors: Sequence[recorder.Tensor]) -> Iterator[list[str]]:

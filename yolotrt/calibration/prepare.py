@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from yolotrt.calibration.calibrate import FoundTable, find_table
@@ -71,20 +72,12 @@ def _find_table(
     weights: Weights, weights_sha256: str, imgsz: tuple[int, int], options: Int8Options, placement: Placement
 ) -> FoundTable:
     """The scales by the method asked for; ``auto`` is ``objects`` where that is clearly better."""
+    find = partial(find_table, weights, weights_sha256, imgsz, zero_points=placement.has_zero_points)
     if options.method != AUTO_METHOD or (options.table is not None and options.table.exists()):
-        return find_table(weights, weights_sha256, imgsz, options, zero_points=placement.has_zero_points)
+        return find(options)
     from yolotrt.calibration.sensitivity import Heads, some_pictures
 
-    usual, at_objects = (
-        find_table(
-            weights,
-            weights_sha256,
-            imgsz,
-            replace(options, method=method, table=None),
-            zero_points=placement.has_zero_points,
-        )
-        for method in AUTO_METHODS
-    )
+    usual, at_objects = (find(replace(options, method=method, table=None)) for method in AUTO_METHODS)
     heads = Heads(weights, imgsz, list(some_pictures(PictureFeed.find(options.calib, imgsz))))
     snr_db = [heads.snr_db(Quantization(row.table.scales), placement) for row in (usual, at_objects)]
     best = at_objects if snr_db[1] > snr_db[0] + CLEARLY_DB else usual

@@ -77,10 +77,11 @@ class OnnxRuntimeSession(HostSession):
         """
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads {threads!r}: choose a whole number of at least 1")
-        cores = threads or _core_count()
+        available = _core_count()
+        cores = threads or available
         workers = max(1, min(cores, _SIDE_BY_SIDE // engine.header.max_batch))
         super().__init__(engine.header, workers=workers)
-        self.leaves_cores_free = cores < _core_count()
+        self.leaves_cores_free = cores < available
         self._engine = engine
         self._shared_threads = cores - workers + 1  # the workers compute, too, beside one pool for all of them
         try:

@@ -40,7 +40,7 @@ PROGRAM = "yolotrt"
 _LIVE_CAPACITY = 1
 """Frames of a live source that wait between two stages; each is a frame of delay."""
 _LIVE_BATCHES = 3
-"""Batches of live sources under way at most, likewise."""
+"""Batches of a live source that are under way at most, for the same reason."""
 _TICK_S = 0.1
 _HELPER_NICENESS = 10
 """Added to the niceness of decoding, drawing and encoding beside an engine on some of the CPU's cores."""

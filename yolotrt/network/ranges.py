@@ -119,7 +119,7 @@ class _LowestValues:
         if isinstance(layer, recorder.ActivationLayer):
             return _LOWEST_RESULTS.get(layer.type)
         if isinstance(layer, recorder.ConvolutionLayer):
-            return _floor(tensor)
+            return floor(tensor)
         if not isinstance(layer, recorder.ElementWiseLayer):
             return None
         if layer.op == recorder.ElementWiseOperation.PROD:
@@ -148,7 +148,7 @@ def _lowest_product(x: recorder.Tensor, factor: recorder.Tensor) -> float | None
     return _LOWEST_PRODUCTS.get(activation.type) if read is x else None
 
 
-def _floor(tensor: recorder.Tensor) -> float | None:
+def floor(tensor: recorder.Tensor) -> float | None:
     """Where values that only an activation reads may be cut off, see `FLOORS`; None if others read them as well."""
     readers = list(_readers(tensor))
     activations = [reader for reader in readers if isinstance(reader, recorder.ActivationLayer)]
