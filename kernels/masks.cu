@@ -1,4 +1,4 @@
-// Masks of segmentation models: from the detections that NMS kept to bits of the picture's size.
+// Masks of segmentation models: from the detections that NMS kept to the cells of the prototypes' grid that each covers.
 //
 // No host synchronisation, no atomics, no dependence on the order of blocks: legal in a CUDA graph.
 //
@@ -10,9 +10,6 @@
 //                times its objectness, where the cell's left upper corner is in the box, else 0
 //                (YOLOv5 utils/general.py, non_max_suppression; utils/segment/general.py, process_mask, crop_mask).
 //                Grid: x = cells of the whole grid / 256, y = detections, z = pictures; block 256.
-//   mask_bits    one thread 32 pixels of a row: interpolates linearly between the cells, at the centres of the
-//                picture's pixels, and sets the bits of those above 0.5. A launch for each picture, since sizes differ.
-//                Grid: x = words of a row / 32, y = rows / 8, z = detections; block 32 x 8.
 //
 // Levels:  a table of {head's address, height, width}, finest first as in yololayer.cu.
 // Heads:   [pictures, ANCHORS * (5 + NC + MASKS), height, width], prototypes [pictures, MASKS, grid height, grid width];
@@ -21,9 +18,8 @@
 // Crops:   [pictures, max_detections] of {offset, top, left, height, width}, an offset of -1 where there is no detection
 //          or no room. Those of detections are written a second time for the host, which may have page-locked memory.
 // Cells:   float32 [pictures, capacity], only written, each once: page-locked memory of the host serves as well.
-// Bits:    [max_detections, height, words] of 32 pixels, the leftmost in the lowest bit, zero beyond the right edge.
 // Cost:    640 x 640, 32 prototypes: a detection reads at most 3.3 MB from the L2 cache and writes 0.1 MB, both in
-//          proportion to its box; its bits for a 1080 x 1920 picture are 0.26 MB.
+//          proportion to its box.
 //
 // Macros: ANCHORS a level, NC, MASKS, HALF_HEADS.
 
@@ -32,8 +28,6 @@
 #define ROW_VALUES 6
 #define CELLS 256
 #define CROPS 256
-#define WORD 32
-#define THRESHOLD 0.5f
 
 #if HALF_HEADS
 typedef unsigned short Head;  // the bits of an IEEE half
@@ -165,44 +159,4 @@ mask_cells(const Level* __restrict__ levels, const Head* __restrict__ prototypes
         value = sigmoid(sum);
     }
     cells[(long long)picture * capacity + crop.offset + cell] = value;
-}
-
-// Where a pixel lies between two cells: the first of them and the second's share. Beyond the border is the border.
-struct Place {
-    int first, second;
-    float share;
-};
-
-__device__ __forceinline__ Place locate(int pixel, float step, float offset, int cell_count)
-{
-    const float place = fminf(fmaxf(step * (float)pixel + offset, 0.0f), (float)(cell_count - 1));
-    const int first = (int)place;
-    return Place{first, min(first + 1, cell_count - 1), place - (float)first};
-}
-
-// A cell's value; outside of the crop it is 0.
-__device__ __forceinline__ float value_at(const float* cells, const Crop& crop, int row, int column)
-{
-    const int y = row - crop.top, x = column - crop.left;
-    return y >= 0 && y < crop.height && x >= 0 && x < crop.width ? cells[crop.offset + y * crop.width + x] : 0.0f;
-}
-
-extern "C" __global__ void mask_bits(const float* __restrict__ cells, const Crop* __restrict__ crops, int grid_height,
-                                     int grid_width, float step_x, float offset_x, float step_y, float offset_y,
-                                     int height, int width, unsigned* __restrict__ bits)
-{
-    const int words = (width + WORD - 1) / WORD;
-    const int word = blockIdx.x * blockDim.x + threadIdx.x, row = blockIdx.y * blockDim.y + threadIdx.y;
-    const Crop crop = crops[blockIdx.z];
-    if (crop.offset < 0 || word >= words || row >= height) return;
-    const Place y = locate(row, step_y, offset_y, grid_height);
-    unsigned mask = 0;
-    for (int bit = 0; bit < WORD && word * WORD + bit < width; ++bit) {
-        const Place x = locate(word * WORD + bit, step_x, offset_x, grid_width);
-        const float upper = value_at(cells, crop, y.first, x.first), lower = value_at(cells, crop, y.second, x.first);
-        const float above = upper + (value_at(cells, crop, y.first, x.second) - upper) * x.share;
-        const float below = lower + (value_at(cells, crop, y.second, x.second) - lower) * x.share;
-        if (above + (below - above) * y.share > THRESHOLD) mask |= 1u << bit;
-    }
-    bits[((long long)blockIdx.z * height + row) * words + word] = mask;
 }

@@ -233,17 +233,17 @@ def detect_masks(
     heads: Sequence[np.ndarray],
     prototypes: np.ndarray,
     options: NmsOptions,
-    letterboxes: Sequence[Letterbox],
+    network: tuple[int, int],
     **layout_options: int,
-) -> tuple[list[Boxes], list[tuple[MaskCrop, ...] | None], list[np.ndarray]]:
-    """YoloLayer, NMS and masks on the device: each picture's boxes, crops and masks."""
+) -> tuple[list[Boxes], list[tuple[MaskCrop, ...] | None]]:
+    """YoloLayer, NMS and masks on the device: each picture's boxes and crops."""
     anchors = tuple(tuple((float(w), float(h)) for w, h in level) for level in layer.anchors)
     batch, half, sizes = len(prototypes), heads[0].dtype == np.float16, [head.shape[2:] for head in heads]
     decoder = YoloLayerKernel(
         machine.device, anchors, layer.strides, layer.class_count, "best", half=half, mask_count=layer.mask_count
     )
     nms = NmsLayout(batch, decoder.row_count(sizes), options.max_detections)
-    layout = MaskLayout(nms, layer.mask_count, prototypes.shape[2:], letterboxes[0].network_size, **layout_options)
+    layout = MaskLayout(nms, layer.mask_count, prototypes.shape[2:], network, **layout_options)
     suppression = NmsKernel(machine.device, nms, options, keeps_rows=True)
     kernel = MaskKernel(machine.device, layout, len(anchors[0]), layer.class_count, half=half)
     buffers = [machine.upload(head) for head in heads]
@@ -266,13 +266,7 @@ def detect_masks(
     found = nms.detections(machine.download(output))
     table, values = machine.download(host_crops), machine.download(cells)
     assert (values[layout.cells_bytes :] == SENTINEL).all(), "cells were written beside their room"
-    found_crops = [layout.crops(table, values, picture, len(boxes)) for picture, boxes in enumerate(found)]
-    masks = []
-    for picture, letterbox in enumerate(letterboxes):
-        bits = machine.upload(np.full(layout.bits_bytes(letterbox.source_size), 0xA5, np.uint8))
-        kernel.launch_bits(picture, letterbox, *map(machine.address, (crops, cells, bits)))
-        masks.append(layout.masks(machine.download(bits), len(found[picture]), letterbox.source_size))
-    return found, found_crops, masks
+    return found, [layout.crops(table, values, picture, len(boxes)) for picture, boxes in enumerate(found)]
 
 
 def mask_case(

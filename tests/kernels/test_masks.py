@@ -15,8 +15,7 @@ from comparisons import (
 )
 
 from yolotrt.cuda.kernels import YoloLayerKernel
-from yolotrt.masks import Masks
-from yolotrt.postprocess import MaskCrop, NmsOptions
+from yolotrt.postprocess import NmsOptions
 from yolotrt.preprocess import Letterbox
 
 NETWORK = (96, 160)
@@ -34,46 +33,18 @@ TOLERANCE = 1e-5
 )
 def test_masks_equal_the_reference(machine, classes, masks, half):
     case = mask_case(np.random.default_rng(0), classes=classes, masks=masks, half=half)
-    found, crops, bits = detect_masks(machine, *case, OPTIONS, LETTERBOXES)
+    found, crops = detect_masks(machine, *case, OPTIONS, NETWORK)
     for picture, wanted in enumerate(expected_masks(*case, OPTIONS, NETWORK)):
         assert len(found[picture]) == len(wanted) == OPTIONS.max_detections
         np.testing.assert_array_equal(found[picture].class_id, wanted.class_id)
         assert crops_error(crops[picture], wanted.masks) <= TOLERANCE
         assert crops_error(crops[picture], masks_of_found(*case, found, NETWORK)[picture].masks) <= TOLERANCE
-        dense = Masks(wanted.masks, LETTERBOXES[picture]).dense()
-        assert bits[picture].shape == dense.shape
-        # OpenCV may round places to 1/32 of a cell; where the values of noise cross the threshold, pixels change sides
-        assert (bits[picture] != dense).mean() < 0.005
-        assert bits[picture].any()
-
-
-def in_grid(crop: MaskCrop) -> np.ndarray:
-    """The values in a grid of zeros."""
-    grid = np.zeros(crop.grid_size)
-    height, width = crop.values.shape
-    grid[crop.top : crop.top + height, crop.left : crop.left + width] = crop.values
-    return grid
-
-
-def test_bits_are_interpolated_exactly(machine):
-    """Against linear interpolation in float64, wherever it is not within rounding of the threshold."""
-    case = mask_case(np.random.default_rng(1), classes=3, masks=8, half=False)
-    _, crops, bits = detect_masks(machine, *case, OPTIONS, LETTERBOXES)
-    for letterbox, found, masks in zip(LETTERBOXES, crops, bits, strict=True):
-        (scale_x, scale_y), (height, width) = letterbox.scale, letterbox.source_size
-        rows = np.clip(((np.arange(height) + 0.5) * scale_y + letterbox.top) / 4 - 0.5, 0, GRID[0] - 1)
-        columns = np.clip(((np.arange(width) + 0.5) * scale_x + letterbox.left) / 4 - 0.5, 0, GRID[1] - 1)
-        for grid, mask in zip(map(in_grid, found), masks, strict=True):
-            along_rows = np.array([np.interp(rows, np.arange(GRID[0]), column) for column in grid.T])
-            values = np.array([np.interp(columns, np.arange(GRID[1]), row) for row in along_rows.T])
-            sure = np.abs(values - 0.5) > 1e-4
-            np.testing.assert_array_equal(mask[sure], (values > 0.5)[sure])
 
 
 def test_pictures_may_have_fewer_detections_than_room(machine):
     case = mask_case(np.random.default_rng(0), classes=3, masks=8, half=False)
     options = NmsOptions(confidence=0.9, max_detections=9)
-    found, crops, _ = detect_masks(machine, *case, options, LETTERBOXES)
+    found, crops = detect_masks(machine, *case, options, NETWORK)
     assert sum(map(len, found)) > 0
     for boxes, masks, wanted in zip(found, crops, expected_masks(*case, options, NETWORK), strict=True):
         assert len(boxes) < 9
@@ -84,7 +55,7 @@ def test_hundreds_of_masks_lie_side_by_side(machine):
     """More than one round of the block that places them."""
     case = mask_case(np.random.default_rng(2), classes=3, masks=1, half=False, batch=1)
     options = NmsOptions(confidence=0.05, iou=0.5, max_detections=300)
-    found, (crops,), _ = detect_masks(machine, *case, options, LETTERBOXES[:1], whole_grids=200)
+    found, (crops,) = detect_masks(machine, *case, options, NETWORK, whole_grids=200)
     assert len(found[0]) == 300
     (wanted,) = expected_masks(*case, options, NETWORK)
     assert crops_error(crops, wanted.masks) <= TOLERANCE
@@ -94,7 +65,7 @@ def test_where_room_is_short_that_is_told_and_nothing_is_written_beside_it(machi
     case = mask_case(np.random.default_rng(0), classes=3, masks=8, half=False)
     sizes = [sum(crop.values.size for crop in wanted.masks) for wanted in expected_masks(*case, OPTIONS, NETWORK)]
     room = sum(sizes) // len(sizes) // (GRID[0] * GRID[1])
-    _, crops, _ = detect_masks(machine, *case, OPTIONS, LETTERBOXES, whole_grids=room)
+    _, crops = detect_masks(machine, *case, OPTIONS, NETWORK, whole_grids=room)
     assert [masks is None for masks in crops] == [size > room * GRID[0] * GRID[1] for size in sizes]
     assert None in crops
 

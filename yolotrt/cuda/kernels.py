@@ -568,8 +568,6 @@ class NmsKernel:
 
 _MASK_CROPS_BLOCK = (256, 1, 1)
 _MASK_CELLS_BLOCK = (256, 1, 1)
-_MASK_BITS_BLOCK = (32, 8, 1)
-_WORD_PIXELS = 32
 
 _LEVEL = np.dtype([("head", np.uint64), ("height", np.int32), ("width", np.int32)])
 _CROP = np.dtype([(name, np.int32) for name in ("offset", "top", "left", "height", "width")])
@@ -608,10 +606,6 @@ class MaskLayout:
         """[batch, max_detections] of what a detection covers of the grid, and where its cells lie."""
         return _CROP.itemsize * self.nms.batch * self.nms.max_detections
 
-    def bits_bytes(self, picture_size: tuple[int, int]) -> int:
-        """uint32 [max_detections, height, words] of one picture (height, width)."""
-        return 4 * self.nms.max_detections * picture_size[0] * -(-picture_size[1] // _WORD_PIXELS)
-
     def crops(self, table: Bytes, cells: Bytes, picture: int, count: int) -> tuple[MaskCrop, ...] | None:
         """The masks of a picture's first `count` detections; None if there was no room for all of them.
 
@@ -636,19 +630,9 @@ class MaskLayout:
             for offset, top, left, height, width in crops.tolist()
         )
 
-    def masks(self, bits: Bytes, count: int, picture_size: tuple[int, int]) -> npt.NDArray[np.bool_]:
-        """The first `count` masks of a picture, bool (count, height, width), from bits copied from the device."""
-        height, width = picture_size
-        row_bytes = 4 * -(-width // _WORD_PIXELS)
-        rows = bits[: count * height * row_bytes].reshape(count, height, row_bytes)
-        return np.unpackbits(rows, axis=-1, bitorder="little")[..., :width].view(np.bool_)
-
 
 class MaskKernel:
-    """Launches masks.cu after `NmsKernel`: first the crops and cells of a whole batch, then each picture's bits.
-
-    A session that gives `Boxes.masks` needs no bits.
-    """
+    """Launches masks.cu after `NmsKernel`: the crops of a whole batch, then their cells."""
 
     def __init__(
         self, device: Device, layout: MaskLayout, anchors_per_level: int, class_count: int, *, half: bool
@@ -663,7 +647,6 @@ class MaskKernel:
         self._device = device
         self._crops = device.function("masks", "mask_crops", defines)
         self._cells = device.function("masks", "mask_cells", defines)
-        self._bits = device.function("masks", "mask_bits", defines)
 
     @staticmethod
     def levels(heads: Sequence[int], sizes: Sequence[tuple[int, int]]) -> Bytes:
@@ -722,32 +705,6 @@ class MaskKernel:
         if nms.max_detections:
             grid = (blocks, nms.max_detections, nms.batch)
             self._device.launch(self._cells, grid, _MASK_CELLS_BLOCK, arguments, stream)
-
-    def launch_bits(
-        self, picture: int, letterbox: Letterbox, crops: int, cells: int, bits: int, stream: Any = None
-    ) -> None:
-        """Enlarge one picture's masks to its own size.
-
-        Args:
-            picture: Its place in the batch.
-            letterbox: How it lies in the network's input.
-            crops: Address of what `launch_crops` wrote.
-            cells: Address of what `launch_cells` wrote.
-            bits: Address of `layout.bits_bytes` bytes for its size. Those of detections that are not there stay.
-            stream: Where to enqueue.
-        """
-        layout, (height, width) = self.layout, letterbox.source_size
-        x, y = letterbox.grid_axes(layout.grid_size)
-        arguments = (
-            np.uint64(cells + picture * 4 * layout.capacity),
-            np.uint64(crops + picture * _CROP.itemsize * layout.nms.max_detections),
-            *(np.int32(side) for side in layout.grid_size),
-            *(np.float32(value) for axis in (x, y) for value in (axis.step, axis.offset)),
-            *(np.int32(height), np.int32(width), np.uint64(bits)),
-        )
-        columns, rows, _ = _MASK_BITS_BLOCK
-        grid = (-(-width // (_WORD_PIXELS * columns)), -(-height // rows), layout.nms.max_detections)
-        self._device.launch(self._bits, grid, _MASK_BITS_BLOCK, arguments, stream)
 
     def _grid_arguments(self) -> tuple[np.generic, ...]:
         """The grid's height and width, and cells a network pixel in x and y."""
