@@ -320,7 +320,12 @@ def _add_int8_options(add: Callable[..., None]) -> None:
         "(default: auto, or none if --calib-table is read)",
     )
     add("--int8-report", type=Path, metavar="DIR", help="measure how much INT8 hurts each layer; table and plot")
-    add("--int8-labels", type=Path, metavar="DATA", help="data.yaml or COCO json: mAP in the report as well")
+    add(
+        "--int8-labels",
+        type=Path,
+        metavar="DATA",
+        help="data.yaml or COCO json: what INT8 costs in mAP50-95; auto keeps more until that is little",
+    )
 
 
 def _class(text: str) -> int | str:
@@ -495,6 +500,8 @@ def _print_int8(header: EngineHeader) -> None:
     kept = f"; kept in high precision: {', '.join(notes['keep'])}" if notes["keep"] else ""
     print(printable(f"{convolutions_in_words(header)}{kept}"))
     print(printable(f"scales: {notes['method']} of {notes['pictures']} pictures, {notes['scales']}"))
+    if found := notes.get("map50_95"):
+        print(printable(f"mAP50-95 on {found['labels']}: {found['int8']:.4f}, in floating point {found['float']:.4f}"))
 
 
 def _check_build_outputs(options: argparse.Namespace) -> None:

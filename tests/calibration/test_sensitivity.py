@@ -13,6 +13,7 @@ import pytest
 
 from yolotrt import BuildOptions, build_engine
 from yolotrt.calibration import sensitivity
+from yolotrt.calibration.accuracy import Accuracy, keep_until_accurate
 from yolotrt.calibration.calibrate import find_table
 from yolotrt.calibration.options import AUTO_METHODS, Int8Options
 from yolotrt.calibration.prepare import prepare
@@ -181,40 +182,105 @@ def test_auto_takes_the_method_with_the_least_error(tiny_weights, options, monke
         assert notes["scales"].endswith(f"written to {int8.table}")
 
 
-def test_labels_add_precisions_to_the_report(tiny_weights, table, options, tmp_path, capsys):
-    pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed")
-    labels = tmp_path / "labels.json"
-    names = tiny_weights.metadata.names
+@pytest.fixture
+def labels(tiny_weights, options, tmp_path) -> Path:
+    """A box in each of the first two calibration pictures."""
     pictures = sorted(options.calib.iterdir())[:2]
+    path = tmp_path / "labels.json"
     content = {
         "images": [
             {"id": index, "file_name": path.name, "width": 60, "height": 40} for index, path in enumerate(pictures)
         ],
-        "categories": [{"id": index, "name": name} for index, name in enumerate(names)],
+        "categories": [{"id": index, "name": name} for index, name in enumerate(tiny_weights.metadata.names)],
         "annotations": [
             {"id": 1 + index, "image_id": index, "category_id": 0, "bbox": [5, 5, 20, 20], "area": 400, "iscrowd": 0}
             for index in range(2)
         ],
     }
-    labels.write_text(json.dumps(content))
+    path.write_text(json.dumps(content))
     (tmp_path / "images").symlink_to(options.calib)
+    return path
+
+
+def test_labels_add_precisions_to_the_report(tiny_weights, table, options, labels, tmp_path, capsys):
+    pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed")
     wanted = replace(options, keep=("model.1",), report=tmp_path / "report", labels=labels)
     analysis = analyse(tiny_weights, SIZE, table, wanted, ONNX_RUNTIME)
     worst = [f"{row.name} alone in INT8" for row in analysis.layers[:3]]
     whole = ["floating point", "whole network in INT8", "with the kept layers in high precision"]
     assert list(analysis.precisions) == [*whole, *worst]
-    assert f"evaluating {len(analysis.precisions)} networks with {labels}" in capsys.readouterr().err.splitlines()
+    assert f"measuring mAP50-95 with {labels}" in capsys.readouterr().err.splitlines()
     text = (tmp_path / "report" / "report.md").read_text()
     for name, value in analysis.precisions.items():
         assert 0 <= value <= 1
         assert f"| {name} | {value:.4f} |" in text
 
 
-def test_labels_without_a_report_or_that_are_no_data_are_refused_before_the_work(
-    tiny_weights, table, options, tmp_path
+def test_labels_without_a_report_say_what_int8_costs(tiny_weights, options, labels):
+    pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed")
+    for keep in ("none",), ("model.1",), ("auto",):
+        build = BuildOptions(precision="int8", int8=replace(options, keep=keep, labels=labels))
+        found = build_engine(tiny_weights, backend="onnxruntime", options=build).header.build_options["int8"]
+        assert found["map50_95"].keys() == {"labels", "float", "int8"}
+        assert found["map50_95"]["labels"] == str(labels)
+
+
+class GivenAccuracy:
+    """mAP50-95 from a table: what INT8 loses, less what each kept row gives back."""
+
+    def __init__(self, loss: float, gains: dict[str, float]) -> None:
+        self._loss, self._gains = loss, gains
+        self.measured: list[tuple[str, ...]] = []
+
+    def of_float(self) -> float:
+        return 0.5
+
+    def of_int8(self, quantization: Quantization, placement: Placement) -> float:
+        self.measured.append(quantization.keep)
+        return 0.5 - self._loss + sum(self._gains[row] for row in quantization.keep)
+
+
+@pytest.mark.parametrize(
+    ("loss", "gains", "kept", "is_enough"),
+    [
+        (0.004, {}, (), True),
+        (0.007, {"a": 0.001, "b": 0.003, "c": 0.004}, ("b",), True),  # the first that suffices
+        (0.010, {"a": 0.001, "b": 0.002, "c": 0.004}, ("c", "a"), True),  # the best, then the first that suffices
+        (0.020, {"a": 0.001, "b": -0.002, "c": 0.004}, ("c", "a"), False),
+        (0.020, dict.fromkeys("abcd", 0.001), ("a", "b", "c"), False),  # no more than three
+        (0.007, {**dict.fromkeys("abcde", 0.0), "f": 0.01}, (), False),  # no more than five are tried
+    ],
+)
+def test_rows_are_kept_until_little_accuracy_is_lost(caplog, loss, gains, kept, is_enough):
+    accuracy = GivenAccuracy(loss, gains)
+    assert keep_until_accurate(accuracy, iter(gains), {}, (), ONNX_RUNTIME) == kept
+    assert ("INT8 loses" in caplog.text) == (not is_enough)
+    assert len(accuracy.measured) == len(set(accuracy.measured))
+
+
+def test_rows_are_ranked_only_if_accuracy_is_missing():
+    def rank():
+        yield pytest.fail("ranked")
+
+    assert keep_until_accurate(GivenAccuracy(0.001, {}), rank(), {}, (), ONNX_RUNTIME) == ()
+
+
+def test_labels_make_auto_keep_the_row_that_costs_accuracy(
+    tiny_weights, table, options, labels, tmp_path, monkeypatch, capsys
 ):
-    with pytest.raises(InputError, match="--int8-labels is for the report on INT8: add --int8-report"):
-        replace(options, labels=tmp_path / "data.yaml")
-    wanted = replace(options, report=tmp_path / "report", labels=tmp_path / "missing.json")
+    pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed")
+    monkeypatch.setattr(sensitivity, "TARGET_DB", 0.0)  # so that noise keeps nothing
+    precision = {(): 0.4, ("model.3",): 0.5}
+    monkeypatch.setattr(Accuracy, "of_float", lambda _: 0.5)
+    monkeypatch.setattr(Accuracy, "of_int8", lambda _, quantization, _placement: precision[quantization.keep])
+    analysis = analyse(tiny_weights, SIZE, spoiled(table, "model.2.act"), replace(options, labels=labels), ONNX_RUNTIME)
+    assert analysis.keep == ("model.3",)
+    assert analysis.float_and_int8 == (0.5, 0.5)
+    # the choice is not remembered for builds without labels
+    assert analyse(tiny_weights, SIZE, spoiled(table, "model.2.act"), options, ONNX_RUNTIME).keep == ()
+
+
+def test_labels_that_are_no_data_are_refused_before_the_work(tiny_weights, table, options, tmp_path):
+    wanted = replace(options, labels=tmp_path / "missing.json")
     with pytest.raises(InputError, match=r"missing\.json"):
         analyse(tiny_weights, SIZE, table, wanted, ONNX_RUNTIME)

@@ -75,7 +75,7 @@ def test_commands_write_their_set(
     assert "2 pictures" in capsys.readouterr().out
     expected = render_files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
     if command == "calibration":
-        expected = ["00.jpg", "01.jpg"]
+        expected = ["00.jpg", "01.jpg", "labels.json"]
     else:
         expected = [
             "data.yaml",

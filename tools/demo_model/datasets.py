@@ -172,9 +172,13 @@ def write_samples(out: Path) -> dict[str, int]:
 
 
 def write_calibration(out: Path, workers: int = 0) -> int:
-    """Write the pictures of calib_images/, without labels; returns their number."""
+    """Write the pictures of calib_images/ and their labels as labels.json (COCO); returns their number."""
+    labels = CocoLabels()
     for index, scene in enumerate(render_many(CALIBRATION, workers)):
-        write_picture(out / f"{index:02d}.jpg", scene[0], CALIBRATION_QUALITY)
+        name = f"{index:02d}.jpg"
+        write_picture(out / name, scene[0], CALIBRATION_QUALITY)
+        labels.add(name, scene)
+    atomic_write_text(out / "labels.json", labels.text())
     return CALIBRATION.count
 
 

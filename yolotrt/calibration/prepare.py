@@ -53,10 +53,12 @@ def prepare(
     placement = ONNX_RUNTIME if backend == "onnxruntime" else replace(TENSORRT, high_precision="fp32")
     found = _find_table(weights, weights_sha256, complete.imgsz, options, placement)
     keep = options.keep or ((NO_KEEP,) if found.is_given else (AUTO_KEEP,))
-    if options.report is not None or keep == (AUTO_KEEP,):
+    precisions = None
+    if options.report is not None or options.labels is not None or keep == (AUTO_KEEP,):
         from yolotrt.calibration.sensitivity import analyse
 
-        keep = analyse(weights, complete.imgsz, found.table, replace(options, keep=keep), placement).keep
+        analysis = analyse(weights, complete.imgsz, found.table, replace(options, keep=keep), placement)
+        keep, precisions = analysis.keep, analysis.float_and_int8
     keep = () if keep == (NO_KEEP,) else keep
     notes = {
         "method": found.table.source.method,
@@ -65,6 +67,8 @@ def prepare(
         "scales_key": found.table.source.key(),
         "keep": keep,
     }
+    if precisions is not None:
+        notes["map50_95"] = {"labels": str(options.labels), "float": precisions[0], "int8": precisions[1]}
     return Prepared(replace(complete, quantization=Quantization(found.table.scales, keep)), notes)
 
 

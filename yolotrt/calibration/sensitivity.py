@@ -58,6 +58,9 @@ EVALUATED_LAYERS = 3
 MAX_KEPT = 10
 """``auto`` stops there: with more, an fp16 engine is the better choice."""
 
+FLOAT_NETWORK, INT8_NETWORK = "floating point", "whole network in INT8"
+KEPT_NETWORK = "with the kept layers in high precision"
+
 
 @dataclass(frozen=True)
 class LayerNoise:
@@ -80,14 +83,22 @@ class Analysis:
         layers: All convolutions that can be INT8, the most harmful first.
         snr_db: Of the whole INT8 network, without and with the kept layers.
         keep: Layers to keep in high precision.
-        precisions: mAP50-95 where labels are given, 0..1: of the float network, the whole INT8 network, the one with
-            the kept layers, and the worst layers alone, by what it is.
+        precisions: mAP50-95 where labels are given, 0..1, by what it is of: `FLOAT_NETWORK`, `INT8_NETWORK`,
+            `KEPT_NETWORK` where layers are kept, and for a report the worst layers alone.
     """
 
     layers: tuple[LayerNoise, ...]
     snr_db: tuple[float, float]
     keep: tuple[str, ...]
     precisions: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def float_and_int8(self) -> tuple[float, float] | None:
+        """mAP50-95 of the float network and of the INT8 one that is to be built; None without labels."""
+        if not self.precisions:
+            return None
+        built = self.precisions.get(KEPT_NETWORK, self.precisions[INT8_NETWORK])
+        return self.precisions[FLOAT_NETWORK], built
 
 
 class Heads:
@@ -147,21 +158,23 @@ def analyse(
     is_auto = options.keep == (AUTO_KEEP,)
     feed = PictureFeed.find(options.calib, imgsz)
     cached = scales_folder() / f"{_key(table, feed, placement)}.keep.json"
-    keep = _read_choice(cached) if is_auto and options.report is None else None
-    if keep is not None:
+    keep = _read_choice(cached) if is_auto else None
+    if keep is not None and options.report is None and options.labels is None:
         return Analysis((), (np.nan, np.nan), keep)
     heads = Heads(weights, imgsz, list(some_pictures(feed)))
     before = heads.snr_db(Quantization(table.scales), placement)
     layers = []
-    if options.report is not None or before < TARGET_DB:
+    if options.report is not None or (keep is None and is_auto and before < TARGET_DB):
         layers = _measure_layers(heads, weights, imgsz, table, placement)
-    if is_auto:
+    if not is_auto:
+        keep = () if options.keep == (NO_KEEP,) else options.keep
+    elif keep is None:
         keep = _choose(heads, layers, table, placement, before)
         _write_choice(keep, cached)
-    else:
-        keep = () if options.keep == (NO_KEEP,) else options.keep
+    precisions: dict[str, float] = {}
+    if options.labels is not None:
+        keep, precisions = _with_labels(heads, weights, imgsz, table, options, placement, layers, keep)
     after = heads.snr_db(Quantization(table.scales, keep), placement) if keep else before
-    precisions = _precisions(weights, imgsz, table, options.labels, placement, layers, keep) if options.labels else {}
     analysis = Analysis(tuple(layers), (before, after), keep, precisions)
     if options.report is not None:
         write_report(analysis, options.report)
@@ -245,33 +258,48 @@ def _for_one_layer(placement: Placement) -> Placement:
     )
 
 
-def _precisions(
+def _with_labels(
+    heads: Heads,
     weights: Weights,
     imgsz: tuple[int, int],
     table: ScaleTable,
-    labels: Path,
+    options: Int8Options,
     placement: Placement,
     layers: Sequence[LayerNoise],
     keep: tuple[str, ...],
-) -> dict[str, float]:
-    """See `Analysis.precisions`."""
-    from yolotrt.calibration.accuracy import Accuracy
+) -> tuple[tuple[str, ...], dict[str, float]]:
+    """Layers to keep, with the rows that the labels ask for; and `Analysis.precisions`."""
+    from yolotrt.calibration.accuracy import Accuracy, keep_until_accurate
 
-    count = 2 + bool(keep) + len(layers[:EVALUATED_LAYERS])
-    print_beside_progress(f"evaluating {count} networks with {labels}")
-    accuracy = Accuracy(weights, imgsz, labels)
-    found = {
-        "floating point": accuracy.of_float(),
-        "whole network in INT8": accuracy.of_int8(Quantization(table.scales), placement),
-    }
-    if keep:
-        found["with the kept layers in high precision"] = accuracy.of_int8(Quantization(table.scales, keep), placement)
+    assert options.labels is not None
+    print_beside_progress(f"measuring mAP50-95 with {options.labels}")
+    accuracy, scales = Accuracy(weights, imgsz, options.labels), table.scales
+    found = {FLOAT_NETWORK: accuracy.of_float(), INT8_NETWORK: accuracy.of_int8(Quantization(scales), placement)}
     convolutions = _convolutions(weights, imgsz)
+    if options.keep == (AUTO_KEEP,):
+        rows = _rows_by_gain(heads, convolutions, table, placement, keep)
+        keep = keep_until_accurate(accuracy, rows, scales, keep, placement)
+    if keep:
+        found[KEPT_NETWORK] = accuracy.of_int8(Quantization(scales, keep), placement)
     by_name = {layer.name: layer for layer in convolutions}
-    for row in layers[:EVALUATED_LAYERS]:
+    for row in layers[:EVALUATED_LAYERS] if options.report is not None else ():
         alone = _alone(by_name[row.name], convolutions, table)
         found[f"{row.name} alone in INT8"] = accuracy.of_int8(alone, _for_one_layer(placement))
-    return found
+    return keep, found
+
+
+def _rows_by_gain(
+    heads: Heads,
+    convolutions: Sequence[recorder.ConvolutionLayer],
+    table: ScaleTable,
+    placement: Placement,
+    keep: tuple[str, ...],
+) -> Iterator[str]:
+    """Rows of the yaml with INT8 convolutions, the one first that gains most if it stays in high precision."""
+    names = [layer.name for layer in convolutions if not layer.output.is_network_output]
+    rows = dict.fromkeys(".".join(name.split(".")[:2]) for name in names)
+    gains = {row: heads.snr_db(Quantization(table.scales, (*keep, row)), placement) for row in rows if row not in keep}
+    yield from sorted(gains, key=lambda row: -gains[row])
 
 
 def _choose(
