@@ -114,6 +114,31 @@ def test_what_the_build_found_out_is_said(tmp_path, tiny_engine, found, words):
     assert rows(describe(tmp_path / "a.engine")).get("build") == (None if words is None else [words])
 
 
+SCALES = {"method": "mse", "pictures": 64, "scales": "calibrated now"}
+
+
+@pytest.mark.parametrize(
+    ("notes", "lines"),
+    [
+        ({**SCALES, "keep": []}, ["scales: mse of 64 pictures, calibrated now"]),
+        (
+            {**SCALES, "keep": ["model.9"], "map50_95": {"labels": "a.json", "float": 0.5, "int8": 0.49}},
+            [
+                "kept in high precision: model.9",
+                "scales: mse of 64 pictures, calibrated now",
+                "mAP50-95 on a.json: 0.4900, in floating point 0.5000",
+            ],
+        ),
+        (SCALES, None),
+        ([], None),
+    ],
+)
+def test_what_int8_means_for_an_engine_is_said(tmp_path, tiny_engine, notes, lines):
+    header = dataclasses.replace(tiny_engine.header, build_options={"int8": notes})
+    dataclasses.replace(tiny_engine, header=header).save(tmp_path / "a.engine")
+    assert rows(describe(tmp_path / "a.engine")).get("int8") == lines
+
+
 @pytest.mark.parametrize("suffix", [".wts", ".safetensors"])
 def test_weights_are_described(tmp_path, tiny_weights, suffix):
     path = tmp_path / f"a{suffix}"

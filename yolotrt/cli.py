@@ -494,14 +494,12 @@ def _gpu_details(header: EngineHeader) -> str:
 
 def _print_int8(header: EngineHeader) -> None:
     """What the library made of an INT8 network, and where its scales come from."""
-    from yolotrt.info import convolutions_in_words
+    from yolotrt.info import convolutions_in_words, int8_in_words
 
-    notes = header.build_options["int8"]
-    kept = f"; kept in high precision: {', '.join(notes['keep'])}" if notes["keep"] else ""
-    print(printable(f"{convolutions_in_words(header)}{kept}"))
-    print(printable(f"scales: {notes['method']} of {notes['pictures']} pictures, {notes['scales']}"))
-    if found := notes.get("map50_95"):
-        print(printable(f"mAP50-95 on {found['labels']}: {found['int8']:.4f}, in floating point {found['float']:.4f}"))
+    kept, *others = int8_in_words(header)
+    print(printable(f"{convolutions_in_words(header)}{kept and f'; {kept}'}"))
+    for line in others:
+        print(printable(line))
 
 
 def _check_build_outputs(options: argparse.Namespace) -> None:

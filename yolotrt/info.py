@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from yolotrt.engines.file import EngineFile, EngineHeader, TensorInfo, is_engine_file
 from yolotrt.errors import InputError, YolotrtError
@@ -106,8 +107,8 @@ def _engine_rows(engine: EngineFile) -> list[tuple[str, str]]:
     ]
     if header.backend == "tensorrt-rtx":
         rows[1] = ("device", "RTX GPUs")
-    if build := _build_in_words(header):
-        rows[2:2] = [("build", build)]
+    found = [("build", _build_in_words(header)), *(("int8", line) for line in int8_in_words(header))]
+    rows[2:2] = [row for row in found if row[1]]
     return rows + _model_rows(header.model)
 
 
@@ -119,6 +120,25 @@ def convolutions_in_words(header: EngineHeader) -> str:
     total = sum(counts.values())
     (first, most), *others = sorted(counts.items(), key=lambda item: -item[1])
     return ", ".join([f"{most} of {total} convolutions {first}", *(f"{count} {kind}" for kind, count in others)])
+
+
+def int8_in_words(header: EngineHeader) -> list[str]:
+    """The layers that an INT8 engine keeps in high precision (empty if none), its scales, and what it costs if known.
+
+    Empty for other engines and where the header does not say it.
+    """
+    notes: Any = header.build_options.get("int8")
+    try:
+        lines = [
+            f"kept in high precision: {', '.join(notes['keep'])}" if notes["keep"] else "",
+            f"scales: {notes['method']} of {notes['pictures']} pictures, {notes['scales']}",
+        ]
+        if found := notes.get("map50_95"):
+            loss = f"{found['int8']:.4f}, in floating point {found['float']:.4f}"
+            lines.append(f"mAP50-95 on {found['labels']}: {loss}")
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return []
+    return lines
 
 
 def _build_in_words(header: EngineHeader) -> str:
