@@ -551,6 +551,49 @@ def test_int8_moves_through_the_layers_that_take_it():
     assert_computes(define, reference, (3, 7, 6))
 
 
+@pytest.mark.parametrize(
+    ("scales", "rounding", "dtype", "is_repeated"),
+    [
+        ((2, 2), "FLOOR", "float32", True),
+        ((3, 1), "FLOOR", "float32", True),
+        ((1, 4), "FLOOR", "float32", True),
+        ((2, 1.5), "FLOOR", "float32", False),
+        ((2, 2), "CEIL", "float32", False),
+        ((2, 2), "FLOOR", "float16", False),
+    ],
+)
+@pytest.mark.parametrize("readers", [1, 2])
+def test_integers_are_repeated_by_concatenation(scales, rounding, dtype, is_repeated, readers):
+    step = 0.125
+
+    def define(network, x):
+        scale = constant(network, step)
+        y = network.add_quantize(x, scale, rec.int8).get_output(0)
+        y = network.add_dequantize(y, scale, rec.DataType(dtype)).get_output(0)
+        resized = attributes(
+            network.add_resize(y), scales=(1, 1, *scales), nearest_rounding=rec.ResizeRoundMode[rounding]
+        )
+        if readers == 1:
+            return resized
+        # also read as it is, with other rows in between
+        row = network.add_slice(y, (0, 0, 0, 0), (1, 3, 1, 1), (1, 1, 1, 1)).get_output(0)
+        return network.add_elementwise(resized, row, rec.ElementWiseOperation.SUM).get_output(0)
+
+    def reference(x):
+        y = np.clip(np.rint(x / step), -128, 127) * step
+        resized = y
+        for axis, scale in zip((2, 3), scales, strict=True):
+            place = np.arange(int(resized.shape[axis] * scale)) / scale
+            index = np.clip(ROUND[rounding](place), 0, resized.shape[axis] - 1).astype(int)
+            resized = np.take(resized, index, axis)
+        return resized if readers == 1 else resized + y[:1, :, :1, :1]
+
+    assert_computes(define, reference, (3, 4, 6), dtype=dtype)
+    operators = [node.op_type for node in Model(define, (3, 4, 6), dtype=dtype).proto.graph.node]
+    assert operators.count("Resize") == (not is_repeated)
+    assert operators.count("DequantizeLinear") == (readers if is_repeated else 1)
+
+
 # --- the model as a whole ---
 
 

@@ -244,6 +244,9 @@ def _concatenation(writer: _Writer, layer: rec.ConcatenationLayer) -> None:
 
 
 def _resize(writer: _Writer, layer: rec.ResizeLayer) -> None:
+    if _repeats_integers(layer):
+        _repeat(writer, layer)
+        return
     scales = writer.constant(np.array(layer.scales, np.float32))
     writer.node(
         "Resize",
@@ -255,6 +258,46 @@ def _resize(writer: _Writer, layer: rec.ResizeLayer) -> None:
             "nearest_mode": _ROUNDING[layer.nearest_rounding],
         },
     )
+
+
+def _repeats_integers(reader: rec.Layer) -> bool:
+    """Whether it repeats the pixels of an 8-bit picture with channels, as nn.Upsample in an INT8 network does."""
+    if not isinstance(reader, rec.ResizeLayer) or len(reader.scales) != 4:
+        return False
+    x, (batch, channels, *factors) = reader.inputs[0], reader.scales
+    return (
+        isinstance(x.source, rec.QuantizeLayer)
+        and (x.source.dequantize, x.dtype, x.source.inputs[1].shape) == (True, rec.float32, ())
+        and reader.resize_mode == rec.InterpolationMode.NEAREST
+        and reader.coordinate_transformation == rec.ResizeCoordinateTransformation.ASYMMETRIC
+        and reader.nearest_rounding == rec.ResizeRoundMode.FLOOR
+        and (batch, channels) == (1, 1)
+        and all(float(factor).is_integer() for factor in factors)
+        and rec.DYNAMIC not in x.shape[1:]
+    )
+
+
+def _repeat(writer: _Writer, layer: rec.ResizeLayer) -> None:
+    """Repeat columns, then rows, by concatenation with channels last, before the integers are dequantized.
+
+    That is how ONNX Runtime lays out 8-bit networks, and where its Resize goes value by value, on one thread.
+    """
+    dequantize = layer.inputs[0].source
+    assert isinstance(dequantize, rec.QuantizeLayer)
+    _, channels, height, width = layer.inputs[0].shape
+    down, across = (int(factor) for factor in layer.scales[2:])
+    name = layer.output.name
+    x = writer.node("Transpose", [dequantize.inputs[0].name], layer, {"perm": (0, 2, 3, 1)}, output=f"{name}.nhwc")
+    for axis, copies, shape in (
+        (3, across, (0, height, width, 1, channels)),
+        (2, down, (0, height, 1, width * across * channels)),
+    ):
+        x = writer.node("Reshape", [x, writer.integers(shape)], layer, output=f"{name}.rows")
+        x = writer.node("Concat", [x] * copies, layer, {"axis": axis}, output=f"{name}.repeated")
+    shape = (0, height * down, width * across, channels)
+    x = writer.node("Reshape", [x, writer.integers(shape)], layer, output=f"{name}.rows")
+    x = writer.node("Transpose", [x], layer, {"perm": (0, 3, 1, 2)}, output=f"{name}.integers")
+    writer.node("DequantizeLinear", [x, *_quantizing(writer, dequantize)], layer)
 
 
 def _slice(writer: _Writer, layer: rec.SliceLayer) -> None:
@@ -317,9 +360,10 @@ def _quantize(writer: _Writer, layer: rec.QuantizeLayer) -> None:
     if isinstance(x.source, rec.ConstantLayer) and _stores_quantized(layer, x.source):
         writer.initializer(_quantized_constant(layer, x.source), layer.output.name)
         return
-    zero_point = writer.constant(_zero_point(layer, scale.shape))
+    if layer.output.consumers and all(map(_repeats_integers, layer.output.consumers)):
+        return
     axis = {"axis": layer.axis} if scale.shape else {}
-    step = _cast_to_float32(writer, layer, scale)
+    step, zero_point = _quantizing(writer, layer)
     if not layer.dequantize:
         writer.node("QuantizeLinear", [_cast_to_float32(writer, layer, x), step, zero_point], layer, axis)
     elif layer.to_type == rec.float32:
@@ -327,6 +371,12 @@ def _quantize(writer: _Writer, layer: rec.QuantizeLayer) -> None:
     else:
         real = writer.node("DequantizeLinear", [x.name, step, zero_point], layer, axis, output=f"{x.name}.float32")
         writer.node("Cast", [real], layer, {"to": writer.element_type(layer.to_type)})
+
+
+def _quantizing(writer: _Writer, layer: rec.QuantizeLayer) -> tuple[str, str]:
+    """Names of the scale and zero point of a quantize or dequantize layer."""
+    scale = layer.inputs[1]
+    return _cast_to_float32(writer, layer, scale), writer.constant(_zero_point(layer, scale.shape))
 
 
 def _quantized_constant(layer: rec.QuantizeLayer, constant: rec.ConstantLayer) -> npt.NDArray[np.int8]:
