@@ -146,6 +146,22 @@ def test_dlpack_orders_the_streams_itself(monkeypatch):
     assert pixels.owner is array
 
 
+class OldArray(Array, Exchanged):
+    """As of PyTorch: the interface of old names no stream, DLPack orders them."""
+
+    def __init__(self):
+        super().__init__(version=2)
+
+
+@pytest.mark.parametrize(("is_there", "stream"), [(True, None), (False, 1)])
+def test_where_the_interface_names_no_stream_dlpack_does(monkeypatch, is_there, stream):
+    array, frame = Array(stream=9), OldArray()
+    monkeypatch.setitem(sys.modules, "cupy", FakeCupy(array) if is_there else None)
+    pixels = device_pixels(frame, 5)
+    assert pixels.stream == stream
+    assert pixels.owner is (array if is_there else frame)
+
+
 @pytest.mark.parametrize(
     "problem", [RuntimeError("CPU arrays cannot be directly imported to CuPy"), BufferError("not exportable")]
 )

@@ -6,6 +6,7 @@ Two protocols say where an array is: the CUDA Array Interface (Numba documentati
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +47,11 @@ def device_pixels(frame: Any, stream: int) -> DevicePixels:
         ImageError: if it is no such array, or lies on the host.
     """
     interface = getattr(frame, "__cuda_array_interface__", None)
-    if interface is None:
+    is_old = interface is not None and interface.get("version", 0) < 3  # such arrays, as PyTorch's, name no stream
+    if interface is None or (is_old and _can_exchange(frame)):
         frame = _from_dlpack(frame, stream)
         interface = {**frame.__cuda_array_interface__, "stream": None}  # the exchange has ordered the streams
-    elif interface.get("version", 0) < 3:  # such arrays say nothing of a stream: PyTorch's are made on the default one
+    elif is_old:
         interface = {**interface, "stream": _LEGACY_STREAM}
     shape, dtype = tuple(interface["shape"]), interface["typestr"]
     if len(shape) != 3 or shape[2] != _CHANNELS or dtype[1:] != "u1" or 0 in shape:
@@ -59,6 +61,11 @@ def device_pixels(frame: Any, stream: int) -> DevicePixels:
     if (pixel, byte) != (_CHANNELS, 1) or row < width * _CHANNELS:
         raise ImageError(f"a frame's rows must be contiguous, its strides are {(row, pixel, byte)}: make it contiguous")
     return DevicePixels(int(interface["data"][0]), (height, width), row, interface.get("stream"), frame)
+
+
+def _can_exchange(frame: Any) -> bool:
+    """Whether DLPack can be used without more ado: it knows on which stream PyTorch makes a frame."""
+    return hasattr(frame, "__dlpack__") and sys.modules.get("cupy") is not None
 
 
 def _from_dlpack(frame: Any, stream: int) -> Any:
