@@ -342,3 +342,38 @@ def test_a_capture_ends_whatever_happens(libraries):
     with pytest.raises(CudaError, match="cannot be captured"):
         device.capture(stream, fail)
     assert stream.calls == ["enter", "begin 1", "end", "exit"]
+
+
+class FakeDriver:
+    """The CUDA driver as far as a capture calls it; writes down what is called."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str):
+        def call(*arguments: object) -> int:
+            self.calls.append(name)
+            if name in ("cuStreamEndCapture", "cuGraphInstantiateWithFlags"):
+                arguments[name != "cuGraphInstantiateWithFlags"]._obj.value = 99
+            return 0
+
+        return call
+
+
+def test_pycudas_capture_ends_and_leaves_no_graph_whatever_happens():
+    calls = object.__new__(device_module._DriverCalls)
+    driver = calls._driver = FakeDriver()
+    graph = calls.capture(7, lambda: driver.calls.append("work"))
+    begun = ["cuStreamBeginCapture_v2", "work", "cuStreamEndCapture"]
+    assert driver.calls == [*begun, "cuGraphInstantiateWithFlags", "cuGraphDestroy"]
+    del graph
+    assert driver.calls[-1] == "cuGraphExecDestroy"
+    driver.calls.clear()
+
+    def fail() -> None:
+        driver.calls.append("work")
+        raise CudaError("cannot be captured")
+
+    with pytest.raises(CudaError, match="cannot be captured"):
+        calls.capture(7, fail)
+    assert driver.calls == [*begun, "cuGraphDestroy"]

@@ -487,6 +487,8 @@ class _DriverCalls:
             enqueue()
         except BaseException:
             self._driver.cuStreamEndCapture(ctypes.c_void_p(stream), ctypes.byref(graph))
+            if graph:
+                self._driver.cuGraphDestroy(graph)
             raise
         self._call("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
         try:
