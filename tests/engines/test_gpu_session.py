@@ -804,6 +804,42 @@ def test_a_failure_belongs_to_its_batch(tiny_engine, trt, device):
                 lost[0].result()
 
 
+def test_an_interrupted_wait_can_be_repeated(tiny_engine, trt, device):
+    wanted = expected(tiny_engine, [frame(0), frame(5)])
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        pending = session.submit([borrowed(session, frame(0))], OPTIONS)
+        device.failing["wait"] = KeyboardInterrupt()
+        for call in (pending.result, lambda: session.run(np.zeros((1, 3, 64, 64), np.float32))):
+            with pytest.raises(KeyboardInterrupt):
+                call()
+        gc.collect()  # the frame is still read
+        del device.failing["wait"]
+        others = [session.submit([frame(5)], OPTIONS) for _ in range(gpu_session.LANES + 1)]
+        assert_same(pending.result(), wanted[:1])
+        for other in others:
+            assert_same(other.result(), wanted[1:])
+
+
+def test_any_failure_belongs_to_its_batch(tiny_engine, trt, device, monkeypatch):
+    (wanted,) = expected(tiny_engine, [frame(5)])
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        lost = session.submit([frame(0)], OPTIONS)
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu_session, "boxes_of", raising(MemoryError("no memory for boxes")))
+            kept = [session.submit([frame(5)], OPTIONS) for _ in range(gpu_session.LANES)]
+        for one in kept:
+            assert_same(one.result(), [wanted])
+        with pytest.raises(MemoryError, match="no memory for boxes"):
+            lost.result()
+
+
+def raising(problem: Exception) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise problem
+
+    return fail
+
+
 @pytest.mark.parametrize("room", [10_000, 30_000, 200_000])
 def test_too_little_memory_is_one_line(tiny_dynamic_engine, trt, device, room):
     engine = gpu_engine(tiny_dynamic_engine)
@@ -840,6 +876,29 @@ def test_an_engine_that_tensorrt_fails_to_run_is_one_line(tiny_dynamic_engine, t
                 session.detect([borrowed(session, frame(seed)) for seed in range(count)], OPTIONS)
         gc.collect()
         trt.failed = ""
+        assert_same(session.detect([frame(0)], OPTIONS), [wanted])
+
+
+def test_raw_heads_that_fail_leave_nothing_under_way(tiny_engine, trt, device):
+    several = NmsOptions(confidence=0.2, multi_label=True)
+    wanted = expected(tiny_engine, [frame(1)], several)
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        trt.failed = "out of luck"
+        with pytest.raises(InferenceError, match="TensorRT failed"):
+            session.detect([borrowed(session, frame(0))], several)
+        assert not any(stream.queue for stream in device.streams.values())
+        trt.failed = ""
+        assert_same(session.detect([frame(1)], several), wanted)
+
+
+def test_memory_that_tensorrt_refuses_is_one_line(tiny_engine, trt, device, monkeypatch):
+    (wanted,) = expected(tiny_engine, [frame(0)])
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        with monkeypatch.context() as patch:
+            patch.setattr("tests.engines.host_gpu._Context.set_tensor_address", lambda *_: False)
+            for _ in range(2):
+                with pytest.raises(InferenceError, match=r"TensorRT refused the memory of images .*: build it again"):
+                    session.detect([frame(0)], OPTIONS)
         assert_same(session.detect([frame(0)], OPTIONS), [wanted])
 
 

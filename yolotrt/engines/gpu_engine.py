@@ -14,7 +14,7 @@ import numpy.typing as npt
 from yolotrt.cuda.device import GpuDevice, Graph, find_device
 from yolotrt.cuda.kernels import upload_bytes
 from yolotrt.engines.base import Session, Timing
-from yolotrt.engines.file import EngineFile, TensorInfo
+from yolotrt.engines.file import REBUILD, EngineFile, TensorInfo
 from yolotrt.engines.trt_engine import TrtEngine, shared_engine
 from yolotrt.errors import InferenceError, InputError
 
@@ -116,9 +116,7 @@ class EngineStream:
         """
         context = self._contexts.get(batch)
         if context is None:
-            context = self._contexts[batch] = self._engine.context(batch, self._scratch)
-            for name, memory in self.tensors.items():
-                context.set_tensor_address(name, memory.address)
+            context = self._contexts[batch] = self._new_context(batch)
         if not context.execute_async_v3(self._device.handle(self.stream)):
             raise InferenceError(f"TensorRT failed ({self._engine.last_error}): build the engine again")
 
@@ -147,6 +145,11 @@ class EngineStream:
         """Wait for what was started last."""
         self._device.wait(self._spinning if spin else self._sleeping)
 
+    def captured(self, enqueue: Callable[[], None]) -> Graph:
+        """A graph of what is enqueued on the stream; whatever it needs was made by enqueuing it once before."""
+        with self._device.exclusive:
+            return self._device.capture(self.stream, enqueue)
+
     def forget_graphs(self) -> None:
         """Have them captured anew, since addresses or arguments are others."""
         self._graphs.clear()
@@ -169,6 +172,14 @@ class EngineStream:
             self._graphs.clear()
             self._contexts.clear()
 
+    def _new_context(self, batch: int) -> Any:
+        """A context that knows where its tensors are."""
+        context = self._engine.context(batch, self._scratch)
+        for name, memory in self.tensors.items():
+            if not context.set_tensor_address(name, memory.address):
+                raise InferenceError(f"TensorRT refused the memory of {name} ({self._engine.last_error}): {REBUILD}")
+        return context
+
     def _capture(self, batch: int, enqueue: Callable[[], None]) -> None:
         """Make the graph of a batch. Where that fails the batch is enqueued, which costs launch time and nothing else.
 
@@ -178,8 +189,7 @@ class EngineStream:
             return
         failures: tuple[type[BaseException], ...] = (*self._device.errors, InferenceError)
         try:
-            with self._device.exclusive:
-                self._graphs[batch] = self._device.capture(self.stream, enqueue)
+            self._graphs[batch] = self.captured(enqueue)
         except failures as problem:
             self._engine.captures_left -= 1
             if not self._engine.captures_left:

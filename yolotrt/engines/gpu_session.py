@@ -44,7 +44,7 @@ from yolotrt.engines.gpu_classifier import GpuClassifier
 from yolotrt.engines.gpu_engine import EngineSession, EngineStream
 from yolotrt.engines.host import HostDecoder
 from yolotrt.engines.trt_engine import TrtEngine
-from yolotrt.errors import InferenceError, InputError
+from yolotrt.errors import InputError
 from yolotrt.postprocess import Boxes, NmsOptions, raw_threshold
 
 LANES = 3
@@ -211,7 +211,7 @@ class _GpuPending(Pending):
         self._lane = lane
         self._owners: list[Any] | None = owners  # alive until the GPU has read the frames
         self._boxes: list[Boxes] = []
-        self._failure: InferenceError | None = None
+        self._failure: Exception | None = None
 
     def finish(self, *, spin: bool) -> None:
         """Wait and keep the boxes, or the failure for `result`; the lane is free afterwards."""
@@ -219,10 +219,10 @@ class _GpuPending(Pending):
             return
         try:
             self._boxes = self._session.finish(self._lane, spin=spin)
-        except InferenceError as problem:
+        except Exception as problem:  # noqa: BLE001  # whatever it is, it belongs to this batch
             self._failure = problem
-        finally:
-            self._owners = self._lane.pending = None
+        # after Ctrl-C the batch is still under way, and the GPU reads its frames
+        self._owners = self._lane.pending = None
 
     def result(self) -> list[Boxes]:
         """See `Pending.result`; the thread sleeps while it waits."""
@@ -309,8 +309,12 @@ class _Lane:
 
     def raw_heads(self, batch: int, enqueue_input: Callable[[], None]) -> list[npt.NDArray[np.float32]]:
         """Run the engine alone on an input; the raw heads as float32 arrays of the host."""
-        enqueue_input()
-        self._run.enqueue(batch)
+        try:
+            enqueue_input()
+            self._run.enqueue(batch)
+        except BaseException:
+            self._device.synchronize(self._stream)  # what it reads may change at once
+            raise
         return self._run.outputs(batch)
 
     def upload_images(self, images: npt.NDArray[np.float32]) -> None:
@@ -331,7 +335,7 @@ class _Lane:
         self._enqueue(batch)
         times = {}
         for name, enqueue in {**self._stages(batch), "whole": lambda: self._enqueue(batch)}.items():
-            graph = self._device.capture(self._stream, enqueue)
+            graph = self._run.captured(enqueue)
             times[name] = [self._time(graph) for _ in range(repeats)]
         return times
 
