@@ -351,17 +351,18 @@ def time_masks(machine: CupyMachine, rate: float) -> None:
         nms = NmsLayout(1, ROWS, count)
         layout = MaskLayout(nms, layer.mask_count, (160, 160), (640, 640))
         kernel = MaskKernel(machine.device, layout, 3, 80, half=True)
-        workspace, crops = (
-            machine.upload(np.zeros(size, np.uint8)) for size in (nms.workspace_bytes, layout.crops_bytes)
+        workspace, output, crops = (
+            machine.upload(np.zeros(size, np.uint8))
+            for size in (nms.workspace_bytes, nms.output_bytes, layout.crops_bytes)
         )
-        output, host_crops, cells = (
-            machine.page_lock(np.zeros(size, np.uint8))
-            for size in (nms.output_bytes, layout.crops_bytes, layout.cells_bytes)
+        host_crops, cells = (
+            machine.page_lock(np.zeros(size, np.uint8)) for size in (layout.crops_bytes, layout.cells_bytes)
         )
         kept = machine.upload(np.zeros(count, np.int32))
         at = [machine.address(buffer) for buffer in (levels, planes, rows, kept, crops, host_crops, cells)]
         suppression = NmsKernel(machine.device, nms, NmsOptions(0.25, 0.45, count), keeps_rows=True)
         suppression.launch(at[2], machine.address(workspace), machine.address(output), kept_rows=at[3])
+        (found,) = nms.detections(machine.download(output))  # which waits: the next launches are on another stream
         stages = {
             "crops": lambda stream, kernel=kernel, at=at: kernel.launch_crops(*at[2:6], stream),
             "cells": lambda stream, kernel=kernel, at=at: kernel.launch_cells(*at[:5], at[6], stream),
@@ -369,7 +370,6 @@ def time_masks(machine: CupyMachine, rate: float) -> None:
         times = {
             name: median_us(machine, lambda _, stream, launch=launch: launch(stream)) for name, launch in stages.items()
         }
-        (found,) = nms.detections(machine.download(output))
         masks = layout.crops(machine.download(host_crops), machine.download(cells), 0, len(found)) or ()
         written = 4 * sum(mask.values.size for mask in masks)
         for name, time_us in times.items():

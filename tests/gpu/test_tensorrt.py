@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import os
 import subprocess
 import sys
@@ -116,6 +117,7 @@ def test_masks_of_batches_and_of_the_host_are_the_same(engine, pictures):
                     assert crops_error(one.masks, again.masks) == 0
 
 
+@pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="there is no ONNX Runtime to compare with")
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 5e-3)])
 def test_a_classifier_gives_the_probabilities_of_the_cpu(tiny_classifier_engine, pictures, precision, tolerance):
     weights = all_weights(tiny_classifier_engine.header.model)

@@ -249,12 +249,13 @@ def detect_masks(
     buffers = [machine.upload(head) for head in heads]
     planes = machine.upload(prototypes)
     rows = machine.upload(np.zeros((batch, nms.rows, BEST_VALUES), np.float32))
-    workspace, crops = (
-        machine.upload(np.full(size, 0xA5, np.uint8)) for size in (nms.workspace_bytes, layout.crops_bytes)
+    workspace, output, crops = (
+        machine.upload(np.full(size, 0xA5, np.uint8))
+        for size in (nms.workspace_bytes, nms.output_bytes, layout.crops_bytes)
     )
-    output, host_crops, cells = (
+    host_crops, cells = (
         machine.page_lock(np.full(size, 0xA5, np.uint8))
-        for size in (nms.output_bytes, layout.crops_bytes, layout.cells_bytes + SENTINEL.size)
+        for size in (layout.crops_bytes, layout.cells_bytes + SENTINEL.size)
     )
     kept_rows = machine.upload(np.full((batch, options.max_detections), 7, np.int32))
     addresses = [machine.address(buffer) for buffer in buffers]
