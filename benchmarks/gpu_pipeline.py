@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ KERNELS_US = 60.0
 THREAD_US = 50.0
 THROUGHPUT = 0.90
 AGAINST_PLAIN = 5.0
+MOST_UNDER_WAY = 4
+"""Batches under way at most, where their number is varied; a session has `LANES` unless it is told otherwise."""
 
 
 def main() -> int:
@@ -104,7 +106,11 @@ def measure(
             on_device = [cupy.asarray(picture) for _ in range(batch)]
             latency["device"] = median_us(lambda: session.detect(on_device, OPTIONS))
         found = session.detect(frames, OPTIONS)
-        pipelined = throughput(session, picture, batch, seconds)
+        session.batches_in_flight = MOST_UNDER_WAY
+        batches = [[borrowed(session, picture) for _ in range(batch)] for _ in range(MOST_UNDER_WAY)]
+        by_lanes = {count: throughput(session, batches[:count], seconds) for count in range(1, MOST_UNDER_WAY + 1)}
+        pipelined = by_lanes[LANES]
+        without_upload = throughput(session, [on_device] * LANES, seconds) if device.library == "cupy" else None
         plain = plain_script(engine, picture, found[0].class_id) if batch == 1 else None
     kernels_us = sum(stages.get(name, 0.0) for name in ("letterbox", "yololayer", "nms"))
     overhead_us = latency["borrowed"] - engine_us - stages["upload"]
@@ -131,6 +137,8 @@ def measure(
         "overhead_us": overhead_us,
         "engine_fps": batch / engine_us * 1e6,
         "pipelined": pipelined,
+        "pipelined_by_lanes": by_lanes,
+        "pipelined_on_device": without_upload,
         "plain": plain,
         "budgets": budgets,
     }
@@ -196,7 +204,7 @@ def borrowed(session: GpuSession, picture: np.ndarray) -> np.ndarray:
 def median_us(call: Callable[[], object], runs: int = 300) -> float:
     """Median wall time of a call that waits for its result."""
     times = []
-    for run in range(-20, runs):
+    for run in range(-min(20, runs), runs):
         began = time.perf_counter()
         call()
         if run >= 0:
@@ -204,14 +212,14 @@ def median_us(call: Callable[[], object], runs: int = 300) -> float:
     return statistics.median(times)
 
 
-def throughput(session: GpuSession, picture: np.ndarray, batch: int, seconds: float) -> dict[str, float]:
-    """Frames a second with several batches under way, and what the thread that drives it computes for each."""
-    batches = [[borrowed(session, picture) for _ in range(batch)] for _ in range(LANES)]
+def throughput(session: GpuSession, batches: Sequence[Sequence[Any]], seconds: float) -> dict[str, float]:
+    """Frames a second with all batches under way, and what the thread that drives it computes for each frame."""
+    batch, lanes = len(batches[0]), len(batches)
     waiting: deque[Any] = deque()
 
     def advance(number: int) -> None:
-        waiting.append(session.submit(batches[number % LANES], OPTIONS))
-        if len(waiting) == LANES:
+        waiting.append(session.submit(batches[number % lanes], OPTIONS))
+        if len(waiting) == lanes:
             waiting.popleft().result()
 
     for number in range(20):
@@ -255,7 +263,7 @@ def plain_script(engine: EngineFile, picture: np.ndarray, expected: np.ndarray) 
     found = once()
     if sorted(found) != sorted(expected):
         print(f"the plain script finds {sorted(found)}, not {sorted(expected)}", file=sys.stderr)
-    milliseconds = median_us(once, 60) / 1e3
+    milliseconds = median_us(once) / 1e3
     session.close()
     return {"ms": milliseconds, "fps": 1e3 / milliseconds}
 
@@ -298,6 +306,14 @@ def resident_mib() -> float:
     return pages * 4096 / 2**20
 
 
+def pipelined_cases(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Throughput with other numbers of batches under way, and without the upload."""
+    cases = {f"{count} under way": figures for count, figures in result["pipelined_by_lanes"].items()}
+    if result["pipelined_on_device"]:
+        cases["frames in device memory"] = result["pipelined_on_device"]
+    return cases
+
+
 def report(name: str, result: dict[str, Any]) -> None:
     """Print one engine's tables."""
     stages, floor = result["stages_us"], result["floors_us"]
@@ -312,6 +328,9 @@ def report(name: str, result: dict[str, Any]) -> None:
     print(f"| engine alone | {result['engine_fps']:.0f} frames/s |")
     rate = result["pipelined"]["fps"]
     print(f"| pipelined | {rate:.0f} frames/s, {rate / result['engine_fps']:.1%} of the engine alone |")
+    for case, figures in pipelined_cases(result).items():
+        share = figures["fps"] / result["engine_fps"]
+        print(f"| pipelined, {case} | {figures['fps']:.0f} frames/s, {share:.1%}, {figures['thread_us']:.1f} us |")
     print(f"| thread's CPU time | {result['pipelined']['thread_us']:.1f} us a frame |")
     if result["plain"]:
         plain = result["plain"]
