@@ -184,7 +184,7 @@ class Detector:
         under_way: deque[PendingDetections] = deque()
         for start in range(0, len(images), size):
             under_way.append(self.submit(images[start : start + size]))
-            if len(under_way) == self.batches_in_flight:
+            if len(under_way) >= self.batches_in_flight:
                 yield from under_way.popleft().result()
         for pending in under_way:
             yield from pending.result()

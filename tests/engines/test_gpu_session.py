@@ -404,6 +404,15 @@ def test_the_stream_that_makes_a_frame_is_waited_for(tiny_engine, trt, device, v
     assert device.foreign_streams == waited
 
 
+def test_a_stream_is_waited_for_once_a_batch(tiny_dynamic_engine, trt, device):
+    streams = (77, 77, None, 5)
+    given = [OnDevice(device, frame(seed), stream=stream) for seed, stream in enumerate(streams)]
+    with GpuSession.open(trt, gpu_engine(tiny_dynamic_engine), device) as session:
+        for _ in range(3):  # enqueued, captured, replayed
+            session.detect(given, OPTIONS)
+    assert sorted(device.foreign_streams) == [5, 5, 5, 77, 77, 77]
+
+
 def test_frames_on_the_device_may_differ_in_their_pitch(tiny_engine, trt, device):
     wanted = expected(tiny_engine, [frame(3)])
     with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
@@ -852,6 +861,19 @@ def test_too_little_memory_is_one_line(tiny_dynamic_engine, trt, device, room):
     gc.collect()
     assert not device.device_memory
     assert not trt.violations
+
+
+def test_where_memory_has_no_room_for_a_lane_the_others_do(tiny_engine, trt, device, caplog):
+    (wanted,) = expected(tiny_engine, [frame(0)])
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        for _ in range(2):
+            session.submit([frame(0)], OPTIONS)
+        device.memory_limit = sum(device.device_memory.values())
+        for pending in [session.submit([frame(0)], OPTIONS) for _ in range(5)]:
+            assert_same(pending.result(), [wanted])
+        assert len(session._lanes) == session.batches_in_flight == 2
+    (line,) = caplog.messages
+    assert line.startswith("2 batches can be under way at once (the GPU's memory does not suffice (Out of memory alloc")
 
 
 def test_options_that_need_too_much_memory_leave_the_others_usable(tiny_engine, trt, device):

@@ -164,7 +164,7 @@ class DetectorActor:
         for start in range(0, len(places), size):
             batch = places[start : start + size]
             under_way.append((batch, self._detector.submit([images[place] for place in batch])))
-            if len(under_way) == self._detector.batches_in_flight:
+            if len(under_way) >= self._detector.batches_in_flight:
                 _take(under_way, found)
         while under_way:
             _take(under_way, found)

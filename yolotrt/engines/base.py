@@ -265,7 +265,8 @@ class Session(abc.ABC):
     Attributes:
         header: The engine's description.
         timing: Time spent so far.
-        batches_in_flight: How many batches to submit before taking a result, for most pictures a second.
+        batches_in_flight: How many batches to submit before taking a result, for most pictures a second. It may turn
+            out that there is room for fewer.
         leaves_cores_free: Whether it computes on some of the CPU's cores and leaves others free.
     """
 

@@ -212,17 +212,17 @@ class Using:
         try:
             self._current.__enter__()
         except self._device.errors as problem:
-            raise InferenceError(_explain(problem)) from problem
+            raise InferenceError(explain(problem)) from problem
 
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._current.__exit__(kind, problem, trace)
         if isinstance(problem, self._device.errors):
-            raise InferenceError(_explain(problem)) from problem
+            raise InferenceError(explain(problem)) from problem
 
 
-def _explain(problem: BaseException) -> str:
+def explain(problem: BaseException) -> str:
     """A device library's error in one line with a remedy."""
     text = (str(problem).splitlines() or [type(problem).__name__])[0]
     if "memory" in text.lower() and "illegal" not in text.lower():

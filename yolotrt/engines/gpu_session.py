@@ -14,6 +14,7 @@ gaps and host work hide behind the others' computation. A lane is made when so m
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -41,7 +42,7 @@ from yolotrt.cuda.kernels import (
 from yolotrt.engines.base import PLUGIN, Finished, Frame, Pending, Session
 from yolotrt.engines.file import EngineFile
 from yolotrt.engines.gpu_classifier import GpuClassifier
-from yolotrt.engines.gpu_engine import EngineSession, EngineStream
+from yolotrt.engines.gpu_engine import EngineSession, EngineStream, explain
 from yolotrt.engines.host import HostDecoder
 from yolotrt.engines.trt_engine import TrtEngine
 from yolotrt.errors import InputError
@@ -50,6 +51,8 @@ from yolotrt.postprocess import Boxes, NmsOptions, raw_threshold
 LANES = 3
 """Two batches on the GPU, and one whose result the host takes."""
 _CHANNELS = 3
+
+_log = logging.getLogger(__name__)
 
 
 def open_gpu_session(trt: Any, engine: EngineFile) -> Session:
@@ -182,8 +185,12 @@ class GpuSession(EngineSession["_Lane"]):
         if idle is not None:
             return idle
         if len(self._lanes) < self.batches_in_flight and self._engine is not None:
-            self._lanes.append(_Lane(self._engine, self._lent))
-            return self._lanes[-1]
+            try:
+                self._lanes.append(_Lane(self._engine, self._lent))
+                return self._lanes[-1]
+            except self._device.errors as problem:
+                self.batches_in_flight = len(self._lanes)
+                _log.warning("%d batches can be under way at once (%s)", self.batches_in_flight, explain(problem))
         return self._finished(min(self._lanes, key=lambda lane: lane.started_at))
 
     def _idle_lane(self) -> _Lane:
@@ -274,12 +281,15 @@ class _Lane:
         Returns:
             What must stay alive until the GPU has read the frames.
         """
+        makers: set[int] = set()
         owners = [
             self._place_host_frame(slot, frame)
             if isinstance(frame, np.ndarray)
-            else self._place_device_frame(slot, frame)
+            else self._place_device_frame(slot, frame, makers)
             for slot, frame in zip(self._slots, frames, strict=False)
         ]
+        for stream in makers:  # once for all frames that it makes
+            self._device.wait_for_stream(self._stream, stream)
         for slot in self._slots[len(frames) : self._low]:  # what a static batch is filled up with
             slot.clear()
         return owners
@@ -404,10 +414,11 @@ class _Lane:
             slot.copy(frame)
         return owner
 
-    def _place_device_frame(self, slot: _Slot, frame: Frame) -> Any:
+    def _place_device_frame(self, slot: _Slot, frame: Frame, makers: set[int]) -> Any:
+        """Adds the stream that makes the frame to `makers`."""
         pixels = device_pixels(frame, self._device.handle(self._stream))
         if pixels.stream is not None:
-            self._device.wait_for_stream(self._stream, pixels.stream)
+            makers.add(pixels.stream)
         slot.point(pixels)
         return pixels.owner
 
