@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from typing import Any
@@ -199,3 +201,19 @@ def test_exact_8_bit_kernels_are_asked_for_where_the_fast_ones_saturate(tmp_path
             assert options.get_session_config_entry("session.x64quantprecision") == "1"
     finally:
         onnx_backend._saturates_in_int8.cache_clear()
+
+
+def test_onnx_runtime_reports_nothing_about_its_user(static, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    code = f"from yolotrt import Detector\nwith Detector({str(static.save(tmp_path / 'a.engine').path)!r}): pass"
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"HOME": str(home), "XDG_CACHE_HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    assert list(home.rglob("*")) == []  # its telemetry begins with an identifier in a file
+
+
+def test_telemetry_that_the_user_asked_for_stays(monkeypatch):
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
+    OnnxRuntimeBackend().version()
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "0"

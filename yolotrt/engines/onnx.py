@@ -30,6 +30,10 @@ _EXACT_INT8 = "session.x64quantprecision"
 _SIDE_BY_SIDE = 4
 """Pictures in the batches that are computed at the same time at most: each has its own activations in memory."""
 
+_NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
+"""Environment variable: official builds of ONNX Runtime, such as 1.31 and 1.32, report their use to its maker over the
+network and keep an identifier in the user's cache folder, unless this is 1 when they are loaded (their Privacy.md)."""
+
 _CORES = Path("/sys/devices/system/cpu")
 _CPU_INFO = Path("/proc/cpuinfo")
 
@@ -135,7 +139,8 @@ def _bind(bind: Any, name: str, array: Float) -> None:
 
 
 def _onnxruntime() -> Any:
-    """The module onnxruntime."""
+    """The module onnxruntime, without its telemetry unless the user has asked for it."""
+    os.environ.setdefault(_NO_TELEMETRY, "1")
     try:
         import onnxruntime
     except ImportError as problem:
