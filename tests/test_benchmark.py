@@ -42,6 +42,16 @@ def test_every_engine_is_measured_with_every_batch_that_it_takes(tiny_engine, ti
         assert all(len(times) == 7 and min(times) > 0 for times in row.stages.values())
 
 
+def test_masks_belong_to_the_whole(tiny_segment_engine, pictures):
+    (row,) = benchmark.run([tiny_segment_engine], pictures, Plan((2,), repeats=5, threads=1))
+    assert list(row.stages) == HOST_STAGES
+
+
+def test_a_classifier_is_refused(tiny_classifier_engine, tiny_engine, pictures):
+    with pytest.raises(InputError, match=r"is a classifier's and --benchmark times the way to boxes: choose an engine"):
+        benchmark.run([tiny_engine, tiny_classifier_engine], pictures, Plan())
+
+
 def test_a_stage_that_takes_longer_is_seen_where_it_is(tiny_engine, pictures, monkeypatch):
     right = host.HostDecoder.boxes
 

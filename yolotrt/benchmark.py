@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from yolotrt import markdown
 from yolotrt.engines.base import BuildOptions, Session
-from yolotrt.engines.build import build_engine, open_session
+from yolotrt.engines.build import build_engine, open_session, require_boxes
 from yolotrt.engines.file import EngineFile
 from yolotrt.errors import BackendUnavailableError, InputError, YolotrtError
 from yolotrt.files import atomic_write, atomic_write_text
@@ -181,11 +181,13 @@ def run(
         accuracies: By engine: its mAP50-95, or None.
 
     Raises:
-        InputError: if no engine takes any of the batch sizes.
+        InputError: if no engine takes any of the batch sizes, or one is a classifier's.
         ImageError: if a picture cannot be read.
     """
     from yolotrt.shell import progress
 
+    for engine in engines:
+        require_boxes(engine, "--benchmark times the way to boxes")
     runs: list[_Run] = []
     try:
         for index, engine in enumerate(engines):
@@ -315,18 +317,21 @@ class _HostStages(_Stages):
 
     def __init__(self, session: Session) -> None:
         header = session.header
+        model = header.model
         self._session = session
         self._input = np.zeros((header.max_batch, 3, *header.imgsz), np.float32)
-        self._yolo_layer = YoloLayer(header.model.anchors, header.model.strides, len(header.model.names))
+        self._mask_count = header.outputs[-1].shape[1] if model.task == "segment" else 0
+        self._yolo_layer = YoloLayer(model.anchors, model.strides, len(model.names), self._mask_count)
 
     def of_batch(self, frames: Sequence[Image], options: NmsOptions) -> dict[str, float]:
         """See `_Stages.of_batch`."""
         clock = _Clock()
         images = self._input[: len(frames)]
         clock.time("letterbox", lambda: self._letterbox(frames))
-        heads = clock.time("engine", lambda: self._session.run(images))
+        outputs = clock.time("engine", lambda: self._session.run(images))
+        heads = outputs[: len(self._yolo_layer.strides)]  # prototypes of masks come behind them
         rows = clock.time("yololayer", lambda: list(self._yolo_layer.candidates(heads, options.confidence)))
-        clock.time("nms", lambda: _suppressed(rows, options))
+        clock.time("nms", lambda: self._suppressed(rows, options))
         return clock.times
 
     def _letterbox(self, frames: Sequence[Image]) -> None:
@@ -334,10 +339,9 @@ class _HostStages(_Stages):
             size = (frame.shape[0], frame.shape[1])
             Letterbox.fit(size, self._session.header.imgsz).to_input(frame, out)
 
-
-def _suppressed(rows: Sequence[npt.NDArray[np.float32]], options: NmsOptions) -> list[Boxes]:
-    """NMS of every picture."""
-    return [non_max_suppression(candidates, options) for candidates in rows]
+    def _suppressed(self, rows: Sequence[npt.NDArray[np.float32]], options: NmsOptions) -> list[Boxes]:
+        """NMS of every picture."""
+        return [non_max_suppression(candidates, options, self._mask_count) for candidates in rows]
 
 
 class _GpuStages(_Stages):

@@ -325,6 +325,11 @@ def test_bad_calls_get_one_line_and_leave_nothing(work, capsys, options, message
     assert not (work / "runs").exists()
 
 
+def test_a_classifier_is_refused(tiny_classifier_engine, own_data):
+    with pytest.raises(InputError, match=r"is a classifier's and mAP is of boxes: choose an engine for detection"):
+        evaluate_engine(tiny_classifier_engine, own_data)
+
+
 def test_engines_of_different_classes_are_not_compared(tiny_engine, own_data):
     evaluation = evaluate_engine(tiny_engine, own_data)
     header = tiny_engine.header

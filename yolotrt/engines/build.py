@@ -144,6 +144,14 @@ def open_session(engine: EngineFile, *, threads: int | None = None) -> Session:
     return known().open(engine, threads=threads)
 
 
+def require_boxes(engine: EngineFile, reason: str) -> None:
+    """Raise InputError, with the reason, if the engine finds no boxes since it is a classifier's."""
+    if engine.header.model.task == "classify":
+        raise InputError(
+            f"engine {engine.label} is a classifier's and {reason}: choose an engine for detection or segmentation"
+        )
+
+
 def _output_count(model: Metadata) -> int:
     """Outputs of a network: a head a level, and prototypes for segmentation; or the scores of a classifier."""
     return len(model.strides) + (model.task != "detect")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yolotrt.engines.build import open_session
+from yolotrt.engines.build import open_session, require_boxes
 from yolotrt.engines.file import EngineFile
 from yolotrt.errors import BackendUnavailableError, InputError
 from yolotrt.evaluation.bootstrap import Comparison, compare
@@ -99,6 +99,7 @@ def evaluate_engine(engine: EngineFile, data: Data, *, threads: int | None = Non
         InputError: if the data or the engine cannot be used.
         BackendUnavailableError: if a library is not installed.
     """
+    require_boxes(engine, "mAP is of boxes")
     names = engine.header.model.names
     dataset = read_dataset(data.path, names, images=data.images, split=data.split, limit=data.limit)
     with open_session(engine, threads=threads) as session:
