@@ -17,7 +17,7 @@ from yolotrt.calibration.accuracy import Accuracy, keep_until_accurate
 from yolotrt.calibration.calibrate import find_table
 from yolotrt.calibration.options import AUTO_METHODS, Int8Options
 from yolotrt.calibration.prepare import prepare
-from yolotrt.calibration.sensitivity import TARGET_DB, Heads, analyse
+from yolotrt.calibration.sensitivity import NO_ERROR_DB, TARGET_DB, Heads, analyse
 from yolotrt.calibration.table import ScaleTable
 from yolotrt.engines.base import CompleteOptions
 from yolotrt.errors import InputError, OutputError
@@ -160,6 +160,13 @@ def test_errors_count_by_the_objectness_of_their_cell(tiny_weights, table, monke
         noise.append(10 ** (-heads.snr_db(quantization, ONNX_RUNTIME) / 10))
     assert real.shape == weight.shape
     assert noise[0] / noise[1] == pytest.approx(weight.min() / weight.max(), rel=1e-3)  # float32 sums
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_layer_that_does_not_reach_the_heads_leaves_no_error(tiny_weights, table, monkeypatch):
+    heads = Heads(tiny_weights, SIZE, [np.random.default_rng(2).random((1, 3, *SIZE), np.float32)])
+    monkeypatch.setattr(heads, "_compute", lambda *_: heads._reference)
+    assert heads.snr_db(Quantization(table.scales), ONNX_RUNTIME) == NO_ERROR_DB
 
 
 def test_auto_takes_the_method_with_the_least_error(tiny_weights, options, monkeypatch, tmp_path):

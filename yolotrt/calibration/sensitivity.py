@@ -52,6 +52,9 @@ TARGET_DB = 30.0
 NEGLIGIBLE_DB = 15.0
 """A layer that is so much better than `TARGET_DB` is not worth keeping."""
 
+NO_ERROR_DB = 120.0
+"""The most that is told, about float32's own roundings. Layers that make masks alone do not reach the heads."""
+
 EVALUATED_LAYERS = 3
 """So many of the worst layers are evaluated alone where labels are given: an evaluation takes much longer."""
 
@@ -121,7 +124,7 @@ class Heads:
             for real, int8, weight in zip(*rows, strict=True):
                 signal += float((np.square(real, dtype=np.float64) * weight).sum())
                 noise += float((np.square(real - int8, dtype=np.float64) * weight).sum())
-        return float(10 * np.log10(signal / noise))
+        return float(min(10 * (np.log10(signal) - np.log10(noise)), NO_ERROR_DB))
 
     def _compute(self, precision: str, quantization: Quantization | None, placement: Placement) -> list[list[Float]]:
         """By level, then by picture."""
