@@ -134,7 +134,7 @@ def test_the_engines_default_name_is_what_detection_runs(run, tiny_weights):
         (["--max-batch", "4"], (64, 64), (1, 4, 4), "fp32"),
         (["--min-batch", "2", "--opt-batch", "3", "--max-batch", "4"], (64, 64), (2, 3, 4), "fp32"),
         (["--precision", "fp16", "--backend", "onnxruntime"], (64, 64), (1, 1, 1), "fp16"),
-        (["--workspace", "64", "--backend", "auto"], (64, 64), (1, 1, 1), "fp32"),
+        (["--backend", "auto"], (64, 64), (1, 1, 1), "fp32"),
     ],
 )
 def test_build_options_reach_the_engine(run, tiny_weights, options, imgsz, batch, precision):
@@ -808,6 +808,8 @@ def bad_files(golden, monkeypatch) -> None:
         ),
         ("-d picture.jpg --nonsense", r"unrecognized arguments: --nonsense: see python -m yolotrt --help"),
         ("-d picture.jpg --cofn 0.3", r"unrecognized arguments: --cofn \(did you mean --conf\?\)"),
+        ("-d picture.jpg --conf-thres 0.3", r"unrecognized arguments: --conf-thres \(did you mean --conf\?\)"),
+        ("-s --weights good.pt --half", r"unrecognized arguments: --half \(did you mean --precision fp16\?\)"),
         ("-d picture.jpg --save-jsno=a.json", r"--save-jsno=a\.json \(did you mean --save-json\?\)"),
         ("-d picture.jpg --classes brid", "class 'brid' does not exist, but 'bird' does: the model has classes 0 to 2"),
     ],

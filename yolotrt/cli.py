@@ -100,6 +100,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+_ELSEWHERE = {
+    "--conf-thres": "--conf",
+    "--confidence": "--conf",
+    "--iou-thres": "--iou",
+    "--source": "-d SOURCE",
+    "--data": "--eval DATA",
+    "--project": "--out",
+    "--view-img": "--show",
+    "--half": "--precision fp16",
+    "--fp16": "--precision fp16",
+}
+"""What options of YOLOv5's own commands, and other usual names, are called here."""
+
+
 class _Parser(argparse.ArgumentParser):
     """Answers a mistake with one line; a page of usage above it would hide what was wrong."""
 
@@ -109,11 +123,11 @@ class _Parser(argparse.ArgumentParser):
 
     def reject(self, arguments: Sequence[str], *, takes_weights: bool) -> NoReturn:
         """End because of arguments that no option takes, with what was probably meant."""
-        similar = difflib.get_close_matches(
-            arguments[0].partition("=")[0], self._option_string_actions, n=1, cutoff=0.75
-        )
-        if arguments[0].startswith("--") and similar:
-            hint = f" (did you mean {similar[0]}?)"
+        name = arguments[0].partition("=")[0]
+        similar = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.75)
+        meant = _ELSEWHERE.get(name) or (similar[0] if similar else None)
+        if name.startswith("--") and meant:
+            hint = f" (did you mean {meant}?)"
         elif takes_weights and not arguments[0].startswith("-"):
             hint = " (a weight file is named with --weights)"
         else:

@@ -819,6 +819,7 @@ def test_options_without_effect_are_refused(tiny, backend, options, name):
     [
         ({"precision": "tf32"}, "^onnxruntime does not build tf32: choose one of fp32, fp16, int8$"),
         ({"optimization_level": 0}, "^onnxruntime has no --optimization-level"),
+        ({"workspace_mib": 64}, "^onnxruntime has no --workspace"),
         ({"yololayer": "kernel"}, "^onnxruntime has no --yololayer"),
     ],
 )

@@ -452,6 +452,7 @@ def _check_image_size(size: Any) -> None:
 
 
 _GPU_OPTIONS = {
+    "workspace_mib": "--workspace",
     "optimization_level": "--optimization-level",
     "timing_cache": "--timing-cache",
     "hardware_compatible": "--hardware-compatible",

@@ -51,7 +51,14 @@ class TensorRtBackend(Backend):
     default_precision = "fp16"
     precisions = PRECISIONS
     gpu_options = frozenset(
-        {"optimization_level", "timing_cache", "hardware_compatible", "version_compatible", "yololayer"}
+        {
+            "workspace_mib",
+            "optimization_level",
+            "timing_cache",
+            "hardware_compatible",
+            "version_compatible",
+            "yololayer",
+        }
     )
 
     def version(self) -> str:

@@ -28,7 +28,7 @@ class TensorRtRtxBackend(Backend):
     name = "tensorrt-rtx"
     default_precision = "fp16"
     precisions = PRECISIONS
-    gpu_options = frozenset({"optimization_level", "yololayer"})
+    gpu_options = frozenset({"workspace_mib", "optimization_level", "yololayer"})
 
     def version(self) -> str:
         """Version of TensorRT-RTX."""
