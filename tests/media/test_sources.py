@@ -102,6 +102,14 @@ def test_links_to_one_picture_count_apart_but_linked_folders_do_not(home: Path) 
     assert names(expand_sources(["f", "g"])) == ["f/a.jpg", "f/b.jpg"]
 
 
+def test_links_that_lead_nowhere_are_left_for_the_reader_to_name(home: Path) -> None:
+    touch("f/a.jpg")
+    Path("f/b.jpg").symlink_to(home / "gone" / "b.jpg")
+    Path("f/c.jpg").symlink_to(home / "f" / "c.jpg")  # to itself
+    for source in ("f", "f/*.jpg"):
+        assert names(expand_sources([source])) == ["f/a.jpg", "f/b.jpg", "f/c.jpg"]
+
+
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_a_list_names_files_beside_it_or_in_the_current_folder(home: Path, newline: str, encoding: str) -> None:
