@@ -203,6 +203,14 @@ def test_exact_8_bit_kernels_are_asked_for_where_the_fast_ones_saturate(tmp_path
         onnx_backend._saturates_in_int8.cache_clear()
 
 
+def test_more_threads_than_cpus_are_warned_of(static, monkeypatch, caplog):
+    monkeypatch.setattr(onnx_backend.os, "cpu_count", lambda: 2)
+    for threads, warnings in ((2, 0), (3, 1)):
+        caplog.clear()
+        open_session(static, threads=threads).close()
+        assert caplog.text.count(f"{threads} threads on 2 CPUs wait for each other") == warnings
+
+
 def test_onnx_runtime_reports_nothing_about_its_user(static, tmp_path):
     home = tmp_path / "home"
     home.mkdir()

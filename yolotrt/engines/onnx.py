@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import tempfile
 import threading
@@ -36,6 +37,8 @@ network and keep an identifier in the user's cache folder, unless this is 1 when
 
 _CORES = Path("/sys/devices/system/cpu")
 _CPU_INFO = Path("/proc/cpuinfo")
+
+_log = logging.getLogger(__name__)
 
 
 class OnnxRuntimeBackend(Backend):
@@ -81,6 +84,10 @@ class OnnxRuntimeSession(HostSession):
         """
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads {threads!r}: choose a whole number of at least 1")
+        if threads is not None and threads > (os.cpu_count() or threads):
+            _log.warning(
+                "%d threads on %d CPUs wait for each other, which takes many times as long", threads, os.cpu_count()
+            )
         available = _core_count()
         cores = threads or available
         workers = max(1, min(cores, _SIDE_BY_SIDE // engine.header.max_batch))
