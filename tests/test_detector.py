@@ -9,6 +9,7 @@ import pytest
 
 from tests.official_masks import iou, letterboxed, official_masks
 from yolotrt import BuildOptions, Classification, Detections, Detector, build_engine, load_weights
+from yolotrt.engines.base import Timing
 from yolotrt.engines.file import EngineFile
 from yolotrt.errors import EngineFileError, ImageError, InputError
 from yolotrt.preprocess import CentreCrop, Letterbox
@@ -378,6 +379,27 @@ def test_leaving_the_context_closes_and_lets_errors_through(tiny_engine):
         _ = 1 / 0
     with pytest.raises(InputError, match="closed"):
         opened(noise(64, 64))
+
+
+def test_a_classifier_can_be_warmed(tiny_classifier_engine):
+    with Detector(tiny_classifier_engine) as opened:
+        opened.warm_up()
+        assert opened.timing.pictures == 0
+
+
+@pytest.mark.parametrize("engine", ["tiny_engine", "tiny_dynamic_engine"])
+def test_a_warm_up_is_not_counted_and_changes_no_result(request, engine):
+    picture = noise(60, 80)
+    with (
+        Detector(request.getfixturevalue(engine), confidence=0.5) as cold,
+        Detector(cold.engine, confidence=0.5) as warm,
+    ):
+        warm.warm_up()
+        assert vars(warm.timing) == vars(Timing())
+        assert_same(warm(picture), cold(picture))
+        assert warm.timing.pictures == 1
+    with pytest.raises(InputError, match="the detector is closed"):
+        warm.warm_up()
 
 
 def test_timing_adds_up(tiny_engine):

@@ -150,6 +150,18 @@ class Detector:
             return _Classified(self._classify(frames))
         return PendingDetections(self, self._session.submit(frames, self.options), [_size(frame) for frame in frames])
 
+    def warm_up(self) -> None:
+        """Compute a grey picture, so that the first of yours does not wait for what is made at first use.
+
+        Its time is not counted in `timing`.
+
+        Raises:
+            InputError: if the detector is closed.
+            InferenceError: if the device fails.
+        """
+        self._require_open()
+        self._session.warm_up(self.options)
+
     def frame_buffer(self, height: int, width: int) -> Image:
         """Memory for one picture, uint8 (height, width, 3), that the engine reads fastest: decode into it.
 

@@ -62,6 +62,19 @@ def files(folder: str) -> set[str]:
 # --- what comes out ---
 
 
+@pytest.mark.parametrize(("count", "is_warmed"), [(1, False), (2, True)])
+def test_the_engine_is_warm_before_many_pictures_are_timed(detector, monkeypatch, count, is_warmed):
+    calls = []
+    monkeypatch.setattr(detector, "warm_up", lambda: calls.append("warm"))
+    for index in range(count):
+        write_image(Path(f"pictures/{index}.png"), np.zeros((40, 60, 3), np.uint8))
+    assert run(detector, "pictures", save_media=False, json=Path("a.json")) == 0
+    assert calls == ["warm"] * is_warmed
+    make_video(Path("clip.mp4"), 2)
+    assert run(detector, "clip.mp4", save_media=False, json=Path("b.json")) == 0
+    assert calls == ["warm"] * (is_warmed + 1)
+
+
 @pytest.mark.parametrize("engine", ["tiny_engine", "tiny_dynamic_engine"])
 def test_a_videos_detections_are_those_of_its_frames_as_pictures(request, engine):
     make_video(Path("clip.mp4"), 45, size=(60, 100))

@@ -19,6 +19,7 @@ from yolotrt.engines.file import EngineFile, EngineHeader, TensorInfo
 from yolotrt.errors import InputError
 from yolotrt.network.quantize import Quantization
 from yolotrt.postprocess import Boxes, NmsOptions, softmax
+from yolotrt.preprocess import PAD_VALUE
 from yolotrt.weights import Weights
 from yolotrt.weights.model import MAX_IMAGE_SIZE
 
@@ -337,6 +338,24 @@ class Session(abc.ABC):
         self.timing.inference_ms += (time.perf_counter() - prepared) * 1e3
         self.timing.pictures += len(frames)
         return softmax(logits[: len(frames)])
+
+    def warm_up(self, options: NmsOptions) -> None:
+        """Compute a grey picture, so that no later one waits for what is made at first use; its time is not counted.
+
+        On a GPU that is kernels, graphs and memory.
+
+        Args:
+            options: Thresholds, which should be those of later use.
+
+        Raises:
+            InferenceError: if the device fails.
+        """
+        grey = np.full((*self.header.imgsz, 3), PAD_VALUE, np.uint8)
+        if self.header.model.task == "classify":
+            self.classify([grey])
+        else:
+            self.detect([grey], options)
+        self.timing = Timing()
 
     def check_in_host_memory(self, frames: Sequence[Frame]) -> None:
         """Raise InputError unless all frames are NumPy arrays."""

@@ -70,6 +70,7 @@ def predict(session: Session, dataset: Dataset, options: NmsOptions = PROTOCOL) 
 
     measured: list[Measured] = []
     reader = _Reader(dataset, read_image)
+    session.warm_up(options)
     with tqdm(total=len(dataset.pictures), unit="image", disable=None, file=sys.stderr, leave=False) as progress:
         size = session.header.max_batch
         for start in range(0, len(dataset.pictures), size):

@@ -155,6 +155,8 @@ class Run:
             InferenceError: if the device fails.
         """
         self._folder = self._make_folder()
+        if self._live is not None or len(self._files) > 1 or any(map(is_video, self._files)):
+            self._detector.warm_up()  # a picture alone is done sooner without
         began = time.perf_counter()
         pipeline = Pipeline(self._stages(), capacity=_LIVE_CAPACITY if self._live else QUEUE_CAPACITY)
         self._is_ending = lambda: pipeline.is_ending
