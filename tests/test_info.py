@@ -114,6 +114,16 @@ def test_what_the_build_found_out_is_said(tmp_path, tiny_engine, found, words):
     assert rows(describe(tmp_path / "a.engine")).get("build") == (None if words is None else [words])
 
 
+@pytest.mark.parametrize(
+    ("bytes_needed", "line"),
+    [(3 << 20, "3.0 MiB of the GPU for each batch under way, besides the plan"), ("much", None)],
+)
+def test_the_gpus_memory_is_said_where_it_is_known(tmp_path, tiny_engine, bytes_needed, line):
+    header = dataclasses.replace(tiny_engine.header, build_options={"scratch_bytes": bytes_needed})
+    dataclasses.replace(tiny_engine, header=header).save(tmp_path / "a.engine")
+    assert rows(describe(tmp_path / "a.engine")).get("memory") == (None if line is None else [line])
+
+
 SCALES = {"method": "mse", "pictures": 64, "scales": "calibrated now"}
 
 

@@ -98,6 +98,7 @@ def _engine_rows(engine: EngineFile) -> list[tuple[str, str]]:
         ("device", f"{header.device_name} ({header.compute_capability})" if header.device_name else "any CPU"),
         ("input size", f"{header.imgsz[0]} x {header.imgsz[1]} (height x width)"),
         ("batch", f"{low}" if low == high else f"{low} to {high}, fastest at {usual}"),
+        *_memory_rows(header),
         *(("input", _tensor(tensor)) for tensor in header.inputs),
         *(("output", _tensor(tensor)) for tensor in header.outputs),
         ("YoloLayer", YOLO_LAYER_PLACES.get(header.yololayer, header.yololayer)),
@@ -110,6 +111,14 @@ def _engine_rows(engine: EngineFile) -> list[tuple[str, str]]:
     found = [("build", _build_in_words(header)), *(("int8", line) for line in int8_in_words(header))]
     rows[2:2] = [row for row in found if row[1]]
     return rows + _model_rows(header.model)
+
+
+def _memory_rows(header: EngineHeader) -> list[tuple[str, str]]:
+    """What the engine needs of the GPU's memory, where the build found out."""
+    scratch = header.build_options.get("scratch_bytes")
+    if not isinstance(scratch, int):
+        return []
+    return [("memory", f"{scratch / 2**20:.1f} MiB of the GPU for each batch under way, besides the plan")]
 
 
 def convolutions_in_words(header: EngineHeader) -> str:

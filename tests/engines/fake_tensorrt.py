@@ -375,9 +375,13 @@ class Runtime(_Strict):
 
 
 class Engine:
+    SCRATCH = 3 << 20
+
     def __init__(self, library: _Library, information: str) -> None:
         self._library = library
         self._information = information
+        name = "device_memory_size_v2" if library.major >= 10 else "device_memory_size"
+        setattr(self, name, self.SCRATCH)
 
     def create_engine_inspector(self) -> Inspector:
         return Inspector(self._library, self._information)

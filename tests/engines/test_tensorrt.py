@@ -104,6 +104,7 @@ def test_the_header_says_what_was_built(trt, tiny, machine, caplog, precision, d
         "hardware_compatible": False,
         "version_compatible": False,
         "convolutions": counts,
+        "scratch_bytes": 3 << 20,
     }
     assert f"14 of 14 convolutions {header.precision}" in records(caplog, logging.INFO)
     assert records(caplog) == []
@@ -228,7 +229,7 @@ def test_options_reach_the_library_and_the_header(trt, tiny):
     assert config.hardware_compatibility_level.name == "AMPERE_PLUS"
     assert "VERSION_COMPATIBLE" in config.flag_names()
     assert trt.behaviour.host_code_allowed == [True]
-    assert {**header.build_options, "convolutions": 0} == {**options, "convolutions": 0}
+    assert options.items() <= header.build_options.items()
 
 
 def test_without_options_the_library_decides(trt, tiny):

@@ -24,7 +24,7 @@ from yolotrt.engines.definition import build_plan
 from yolotrt.engines.file import EngineFile
 from yolotrt.engines.gpu import Gpu, check_memory, dotted, find_gpu, label
 from yolotrt.engines.timing_cache import TimingCache
-from yolotrt.engines.trt_adapter import TrtHooks, check_platform, library_label
+from yolotrt.engines.trt_adapter import TrtHooks, check_platform, library_label, scratch_bytes
 from yolotrt.engines.trt_log import OutOfMemoryError
 from yolotrt.errors import BackendUnavailableError, BuildError, YolotrtError
 from yolotrt.network.builder import INPUT_NAME, NetworkBuilder
@@ -160,12 +160,14 @@ class _Build:
         hooks.warn_of_survived_errors()
         if self._cache is not None and hooks.measured:
             self._cache.save(hooks.measured)
+        engine = _load(self._trt, hooks, plan, self._options)
+        precisions = verify_precision(self._trt, hooks, engine, self._options)
         return replace(
             plan,
             yololayer=self._options.yololayer,
             device_name=self._gpu.name,
             compute_capability=dotted(self._gpu.capability),
-            findings=verify_precision(self._trt, hooks, plan, self._options),
+            findings={**precisions, "scratch_bytes": scratch_bytes(self._trt, engine)},
         )
 
 
@@ -228,16 +230,16 @@ class _TensorRtHooks(TrtHooks):
         return data
 
 
-def verify_precision(trt: Any, hooks: TrtHooks, plan: Plan, options: CompleteOptions) -> dict[str, Any]:
+def verify_precision(trt: Any, hooks: TrtHooks, engine: Any, options: CompleteOptions) -> dict[str, Any]:
     """Look into the engine that was built: a precision that was asked for is not always one that was got.
 
     Returns:
         ``convolutions``: number of convolutions by precision.
 
     Raises:
-        BuildError: if the engine cannot be loaded, or no convolution has the precision.
+        BuildError: if no convolution has the precision.
     """
-    found = inspector.convolution_precisions(_engine_information(trt, hooks, plan, options), hooks.convolutions)
+    found = inspector.convolution_precisions(_engine_information(trt, engine, options), hooks.convolutions)
     counts = inspector.count_precisions(found)
     if options.precision == "int8":  # the head and the layers to keep are not to be INT8
         found = {name: found[name] for name in hooks.int8_convolutions_wanted}
@@ -267,14 +269,23 @@ def verify_precision(trt: Any, hooks: TrtHooks, plan: Plan, options: CompleteOpt
     return {"convolutions": counts}
 
 
-def _engine_information(trt: Any, hooks: TrtHooks, plan: Plan, options: CompleteOptions) -> str:
-    """The engine inspector's JSON."""
+def _load(trt: Any, hooks: TrtHooks, plan: Plan, options: CompleteOptions) -> Any:
+    """The engine of a plan that was just built.
+
+    Raises:
+        BuildError: if TensorRT refuses it.
+    """
     runtime = trt.Runtime(hooks.logger)
     if options.version_compatible:
         runtime.engine_host_code_allowed = True  # such an engine brings a runtime of its own
     engine = runtime.deserialize_cuda_engine(plan.data)
     if engine is None:
         raise hooks.failure()
+    return engine
+
+
+def _engine_information(trt: Any, engine: Any, options: CompleteOptions) -> str:
+    """The engine inspector's JSON."""
     engine_inspector = engine.create_engine_inspector()
     if options.is_dynamic:  # types are only told for known shapes
         context = engine.create_execution_context()

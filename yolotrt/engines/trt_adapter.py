@@ -33,7 +33,7 @@ from yolotrt.engines.gpu import (
 )
 from yolotrt.engines.progress import announce, interruptible, make_monitor
 from yolotrt.engines.trt_log import NO_GPU_REMEDY, build_failure, shared_logger, warn_of_survived_errors
-from yolotrt.errors import BackendUnavailableError, YolotrtError
+from yolotrt.errors import BackendUnavailableError, InferenceError, YolotrtError
 from yolotrt.network.builder import NetworkBuilder
 from yolotrt.network.ops import Tensor
 from yolotrt.network.quantize import TENSORRT
@@ -186,6 +186,19 @@ def check_platform(trt: Any, builder: Any, gpu: Gpu, options: CompleteOptions) -
             f"--hardware-compatible needs compute capability {dotted(FIRST_HARDWARE_COMPATIBLE)} ({where}): "
             "leave it out"
         )
+
+
+def scratch_bytes(trt: Any, engine: Any) -> int:
+    """Bytes of device memory that an execution context of `engine` needs.
+
+    Raises:
+        InferenceError: if this version of TensorRT does not tell.
+    """
+    if hasattr(engine, "device_memory_size_v2"):  # TensorRT 10.1 and later
+        return int(engine.device_memory_size_v2)
+    if hasattr(engine, "device_memory_size"):
+        return int(engine.device_memory_size)
+    raise InferenceError(f"{library_label(trt)} is not known: update yolotrt")
 
 
 def major_version(trt: Any) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from yolotrt.cuda.device import GpuDevice, Memory
 from yolotrt.engines.file import REBUILD, EngineFile, TensorInfo
+from yolotrt.engines.trt_adapter import scratch_bytes
 from yolotrt.engines.trt_log import shared_logger
 from yolotrt.errors import EngineFileError, InferenceError
 
@@ -56,7 +57,7 @@ class TrtEngine:
                 reason = self._logger.last_error or "no reason given"
                 raise EngineFileError(f"engine {engine.label} was refused by TensorRT ({reason}): {REBUILD}")
             self._require_tensors(engine.label)
-            self.scratch_bytes = self._needed_scratch()
+            self.scratch_bytes = scratch_bytes(self.trt, self._engine)
 
     def context(self, batch: int, scratch: Memory) -> Any:
         """A new execution context for one batch size.
@@ -85,14 +86,6 @@ class TrtEngine:
     def last_error(self) -> str:
         """TensorRT's last error message."""
         return str(self._logger.last_error or "no reason given")
-
-    def _needed_scratch(self) -> int:
-        """Bytes of device memory that a context needs."""
-        if hasattr(self._engine, "device_memory_size_v2"):  # TensorRT 10.1 and later
-            return int(self._engine.device_memory_size_v2)
-        if hasattr(self._engine, "device_memory_size"):
-            return int(self._engine.device_memory_size)
-        raise InferenceError(f"{self.trt.__name__} {self.trt.__version__} is not known: update yolotrt")
 
     def _new_context(self, scratch: Memory) -> Any:
         """A context without memory of its own, given ours."""
