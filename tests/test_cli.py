@@ -230,6 +230,7 @@ def test_options_for_gpus_reach_tensorrt(run, tiny_weights, monkeypatch, tmp_pat
         "hardware_compatible": True,
         "version_compatible": True,
         "convolutions": {"tf32": 8},
+        "scratch_bytes": 3 << 20,
     }
     assert Path("own/tiny.timing").is_file()
     assert not (tmp_path / "cache").exists()

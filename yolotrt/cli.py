@@ -1,18 +1,17 @@
-"""The command line: ``python -m yolotrt``."""
+"""The command line, ``python -m yolotrt``: what each command does."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-import yolotrt
+from yolotrt.arguments import DEFAULT_ENGINE, PROGRAM, Command, parse
 from yolotrt.errors import InputError, OutputError
 from yolotrt.shell import make_output_robust, printable, run_command
 
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from yolotrt.media.frames import Span
     from yolotrt.media.run import Run, VideoReader
 
-PROGRAM = "yolotrt"
-DEFAULT_ENGINE = Path("yolotrt.engine")
 DEFAULT_OUTPUT = Path("runs/detect")
 DEFAULT_RAY_OUTPUT = Path("runs/ray")
 DEFAULT_EVAL_OUTPUT = Path("runs/eval")
@@ -34,27 +31,6 @@ LARGE_INPUT_BYTES = 500_000_000
 """About 100 pictures of 640x640: with YOLOv5x the first layer's output alone is nearly seven times as large."""
 
 _log = logging.getLogger(__name__)
-
-ENGINE_HELP = "engine file that -s writes and -d runs (default: %(default)s)"
-
-USAGE = f"""{PROGRAM} -s [--weights FILE] [--engine FILE] [option ...]
-       {PROGRAM} -d [SOURCE ...] [--engine FILE] [option ...]
-       {PROGRAM} --webcam [CAMERA] [--serve PORT] [option ...]
-       {PROGRAM} --eval DATA [--engine FILE] [option ...]
-       {PROGRAM} --benchmark [SOURCE ...] [--engine FILE | --weights FILE] [option ...]
-       {PROGRAM} --export-triton DIR [--engine FILE] [option ...]
-       {PROGRAM} --info FILE"""
-
-EPILOG = """examples:
-  python gen_wts.py -w yolov5s.pt -o yolov5s.wts        convert a checkpoint
-  python -m yolotrt -s --weights yolov5s.wts            build yolotrt.engine
-  python -m yolotrt -d pictures/ --save-txt             detect; results go to runs/detect
-  python -m yolotrt -d drive.mp4 --save-csv all.csv     annotate a video
-  python -m yolotrt --webcam --serve 8000               a camera on a local page
-  python -m yolotrt --eval data.yaml                    measure accuracy; see runs/eval
-  python -m yolotrt --benchmark --batches 1 8           measure speed; see runs/benchmark
-  python -m yolotrt --info yolotrt.engine               describe a file
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,378 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     """Parse the arguments and run their command."""
-    options = _parse(argv)
-    _check_options_fit(options)
+    options = parse(argv)
     logging.basicConfig(
         level=logging.DEBUG if options.debug else logging.INFO if options.verbose else logging.WARNING,
         format=f"{PROGRAM}: %(message)s",
         stream=sys.stderr,
     )
-    return int(options.command(options))
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options; sources may also stand after other options, as in ``-d --no-save bus.jpg``."""
-    parser = make_parser()
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments:
-        parser.print_usage(sys.stderr)
-    end = arguments.index("--") if "--" in arguments else len(arguments)
-    options, rest = parser.parse_known_args(arguments[:end])
-    wrong = [argument for argument in rest if argument.startswith("-")]
-    rest += arguments[end + 1 :]  # after -- even a name that begins with a dash is a source
-    takes_sources = options.command in {detect, benchmark}
-    if wrong or (rest and not takes_sources):
-        parser.reject(wrong or rest, takes_weights=options.command is serialize)
-    if takes_sources:
-        options.detect_sources.extend(rest)
-    return options
-
-
-_ELSEWHERE = {
-    "--conf-thres": "--conf",
-    "--confidence": "--conf",
-    "--iou-thres": "--iou",
-    "--source": "-d SOURCE",
-    "--data": "--eval DATA",
-    "--project": "--out",
-    "--view-img": "--show",
-    "--half": "--precision fp16",
-    "--fp16": "--precision fp16",
-}
-"""What options of YOLOv5's own commands, and other usual names, are called here."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """Answers a mistake with one line; a page of usage above it would hide what was wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        """End with status 2."""
-        self.exit(2, f"{PROGRAM}: error: {printable(message)}: see python -m {PROGRAM} --help\n")
-
-    def reject(self, arguments: Sequence[str], *, takes_weights: bool) -> NoReturn:
-        """End because of arguments that no option takes, with what was probably meant."""
-        name = arguments[0].partition("=")[0]
-        similar = difflib.get_close_matches(name, self._option_string_actions, n=1, cutoff=0.75)
-        meant = _ELSEWHERE.get(name) or (similar[0] if similar else None)
-        if name.startswith("--") and meant:
-            hint = f" (did you mean {meant}?)"
-        elif takes_weights and not arguments[0].startswith("-"):
-            hint = " (a weight file is named with --weights)"
-        else:
-            hint = ""
-        self.error(f"unrecognized arguments: {' '.join(arguments)}{hint}")
-
-
-def make_parser() -> _Parser:
-    """All options, in the groups of the commands that they belong to."""
-    parser = _Parser(
-        prog=PROGRAM,
-        usage=USAGE,
-        description="YOLOv5 on TensorRT; on ONNX Runtime where there is no GPU.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {yolotrt.__version__}")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks and all log messages")
-    parser.add_argument("-v", "--verbose", action="store_true", help="say more")
-    _add_commands(parser)
-    building = parser.add_argument_group("building (-s)")
-    _add_weights_option(_options_of((serialize, benchmark), building))
-    _add_build_options(_options_of((serialize,), building))
-    detecting = parser.add_argument_group("detecting (-d, --webcam; thresholds also --export-triton)")
-    _add_threshold_options(_options_of((detect, webcam, export_triton), detecting))
-    _add_detect_options(_options_of((detect, webcam), detecting))
-    _add_file_options(_options_of((detect,), parser.add_argument_group("files (-d)")))
-    _add_ray_options(_options_of((detect,), parser.add_argument_group("many machines (-d --ray)")))
-    _add_triton_options(_options_of((export_triton,), parser.add_argument_group("serving (--export-triton)")))
-    evaluating = parser.add_argument_group("evaluating (--eval, --benchmark --accuracy)")
-    _add_data_options(_options_of((evaluate, benchmark), evaluating))
-    _add_eval_options(_options_of((evaluate,), evaluating))
-    _add_benchmark_options(_options_of((benchmark,), parser.add_argument_group("measuring speed (--benchmark)")))
-    _add_run_options(_options_of((detect, webcam, evaluate, benchmark), parser.add_argument_group("all but -s")))
-    parser.add_argument("--engine", type=Path, default=DEFAULT_ENGINE, metavar="FILE", help=ENGINE_HELP)
-    return parser
-
-
-Command = Callable[[argparse.Namespace], int]
-
-_COMMANDS_OF_OPTION: dict[str, tuple[str, Any, Sequence[Command]]] = {}
-"""By destination: the option, its default and the commands that it belongs to."""
-
-
-def _options_of(commands: Sequence[Command], group: Any) -> Callable[..., None]:
-    """A function like `group.add_argument` that notes whose option it is."""
-
-    def add(*names: str, **properties: Any) -> None:
-        action = group.add_argument(*names, **properties)
-        _COMMANDS_OF_OPTION[action.dest] = names[0], action.default, commands
-
-    return add
-
-
-def _check_options_fit(options: argparse.Namespace) -> None:
-    """An option of another command is a mistake: it would have no effect, and the user thinks it has."""
-    for destination, (name, default, commands) in _COMMANDS_OF_OPTION.items():
-        if options.command not in commands and getattr(options, destination) != default:
-            used, own = (_COMMAND_NAMES[function] for function in (options.command, commands[0]))
-            raise InputError(f"{name} belongs to {own} and has no effect on {used}: leave it out")
-
-
-def _add_commands(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("commands (one of them)").add_mutually_exclusive_group(required=True)
-    group.add_argument(
-        "-s", "--serialize", dest="command", action="store_const", const=serialize, help="build an engine from weights"
-    )
-    group.add_argument(
-        "-d",
-        "--detect",
-        dest="detect_sources",
-        action=_SetCommand,
-        command=detect,
-        nargs="*",
-        metavar="SOURCE",
-        help="detect in pictures, videos, folders, globs, .txt lists, cameras, URLs (default: samples/)",
-    )
-    group.add_argument(
-        "--webcam",
-        dest="camera",
-        action=_SetCommand,
-        command=webcam,
-        nargs="?",
-        const="0",
-        metavar="CAMERA",
-        help="show what a camera sees: 0, /dev/video1, a URL, or a video that plays as a camera (default: 0)",
-    )
-    group.add_argument(
-        "--eval",
-        dest="eval_data",
-        action=_SetCommand,
-        command=evaluate,
-        type=Path,
-        metavar="DATA",
-        help="measure accuracy with labelled pictures: a YOLO data.yaml, or a COCO json",
-    )
-    group.add_argument(
-        "--benchmark",
-        dest="detect_sources",
-        action=_SetCommand,
-        command=benchmark,
-        nargs="*",
-        metavar="SOURCE",
-        help="measure speed with pictures (default: samples/)",
-    )
-    group.add_argument(
-        "--export-triton",
-        dest="triton_folder",
-        action=_SetCommand,
-        command=export_triton,
-        type=Path,
-        metavar="DIR",
-        help="write a model repository for the Triton Inference Server",
-    )
-    group.add_argument(
-        "--info",
-        dest="info_file",
-        action=_SetCommand,
-        command=info,
-        metavar="FILE",
-        help="describe a .pt, .wts, .safetensors or .engine file",
-    )
-
-
-def _add_triton_options(add: Callable[..., None]) -> None:
-    add("--triton-name", default="yolov5", metavar="NAME", help="of the model that clients ask (default: %(default)s)")
-    add(
-        "--triton-python-engine",
-        action="store_true",
-        help="run the engine in a Python model: the server lacks a backend",
-    )
-    add(
-        "--triton-instances",
-        type=int,
-        default=2,
-        metavar="N",
-        help="copies of each Python model (default: %(default)s)",
-    )
-
-
-class _SetCommand(argparse.Action):
-    """Stores the option's values and chooses its command."""
-
-    def __init__(self, *args: Any, command: Callable[[argparse.Namespace], int], **properties: Any) -> None:
-        super().__init__(*args, **properties)
-        self._command = command
-
-    def __call__(self, _parser: Any, namespace: argparse.Namespace, values: Any, _option: Any = None) -> None:
-        namespace.command = self._command
-        earlier = getattr(namespace, self.dest, None)
-        setattr(namespace, self.dest, earlier + values if isinstance(earlier, list) else values)
-
-
-def _add_weights_option(add: Callable[..., None]) -> None:
-    add("--weights", metavar="FILE", help=".wts, .safetensors or .pt file (default: the demo model, road signs)")
-
-
-def _add_build_options(add: Callable[..., None]) -> None:
-    from yolotrt.engines.base import AUTO_YOLOLAYER, MAX_OPTIMIZATION_LEVEL, PRECISIONS, YOLOLAYERS
-    from yolotrt.engines.build import AUTO, BACKENDS
-
-    add(
-        "--precision", choices=PRECISIONS, help="default: fp16 on a GPU, fp32 on a CPU; int8 takes calibration pictures"
-    )
-    add(
-        "--imgsz",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="input size in pixels: N, or HEIGHT WIDTH (default: the model's)",
-    )
-    add("--batch", type=int, metavar="N", help="static batch size (default: 1)")
-    add("--min-batch", type=int, metavar="N", help="smallest size of a dynamic batch (default: 1)")
-    add("--opt-batch", type=int, metavar="N", help="the batch size to be fastest for (default: the largest)")
-    add("--max-batch", type=int, metavar="N", help="largest size of a dynamic batch")
-    add("--backend", choices=(AUTO, *BACKENDS), default=AUTO, help="default: the best one that runs here")
-    add("--workspace", type=int, metavar="MIB", help="limit of TensorRT's scratch memory")
-    add(
-        "--optimization-level",
-        type=int,
-        choices=range(MAX_OPTIMIZATION_LEVEL + 1),
-        help="how long TensorRT searches for fast kernels (default: TensorRT's, 3)",
-    )
-    add("--yololayer", choices=YOLOLAYERS, default=AUTO_YOLOLAYER, help="inside TensorRT's engine or right after it")
-    add("--timing-cache", type=Path, metavar="FILE", help="TensorRT's measurements (default: in the user's cache)")
-    add("--no-timing-cache", action="store_true", help="neither use nor keep TensorRT's measurements")
-    add("--hardware-compatible", action="store_true", help="for all GPUs from compute capability 8.0 on (TensorRT)")
-    add("--version-compatible", action="store_true", help="for later versions of TensorRT as well")
-    add("--raw-plan", type=Path, metavar="FILE", help="write the bare plan (or ONNX model) as well")
-    _add_int8_options(add)
-
-
-def _add_int8_options(add: Callable[..., None]) -> None:
-    from yolotrt.calibration.options import DEFAULT_METHOD, METHODS
-
-    add("--calib", type=Path, metavar="DIR", help="pictures that show INT8 its ranges (default: calib_images/)")
-    add("--calib-method", choices=METHODS, help=f"how INT8 chooses ranges (default: {DEFAULT_METHOD})")
-    add("--calib-table", type=Path, metavar="FILE", help="INT8 scales: read if the file is there, else written")
-    add(
-        "--int8-keep",
-        nargs="+",
-        metavar="LAYER",
-        help="layers that stay in high precision, such as model.9; auto: those that INT8 hurts most; none "
-        "(default: auto, or none if --calib-table is read)",
-    )
-    add("--int8-report", type=Path, metavar="DIR", help="measure how much INT8 hurts each layer; table and plot")
-    add(
-        "--int8-labels",
-        type=Path,
-        metavar="DATA",
-        help="data.yaml or COCO json: what INT8 costs in mAP50-95; auto keeps more until that is little",
-    )
-
-
-def _class(text: str) -> int | str:
-    """A class index where the text is a number, else a name."""
-    return int(text) if text.isdecimal() else text
-
-
-def _add_threshold_options(add: Callable[..., None]) -> None:
-    add("--conf", type=float, default=0.25, metavar="C", help="least confidence, 0 to 1 (default: %(default)s)")
-    add(
-        "--iou",
-        type=float,
-        default=0.45,
-        metavar="I",
-        help="overlap of boxes above which NMS drops one, 0 to 1 (default: %(default)s)",
-    )
-    add("--max-det", type=int, default=300, metavar="N", help="detections a picture (default: %(default)s)")
-    add("--classes", type=_class, nargs="+", metavar="CLASS", help="only these classes: names or indices")
-    add("--agnostic-nms", action="store_true", help="boxes of different classes suppress each other")
-
-
-def _add_detect_options(add: Callable[..., None]) -> None:
-    from yolotrt.media.frames import RECONNECT_S
-
-    add("--save-txt", action="store_true", help="write YOLO labels: class x y w h, normalised")
-    add("--save-conf", action="store_true", help="add the confidence to --save-txt")
-    add("--save-crops", action="store_true", help="write what is inside each box as a picture")
-    add("--save-json", type=Path, metavar="FILE", help="write all detections to one JSON file")
-    add("--save-jsonl", type=Path, metavar="FILE", help="write a line of JSON a picture or frame, while it runs")
-    add("--save-csv", type=Path, metavar="FILE", help="write a line a detection, while it runs")
-    add("--show", action="store_true", help="a window; keys: q quit, s snapshot, space pause, +/- confidence")
-    add("--serve", metavar="[HOST:]PORT", help="a page with the live picture (default host: 127.0.0.1)")
-    add("--stride", type=int, default=1, metavar="N", help="take every n-th frame")
-    add("--end", type=_time, metavar="TIME", help="stop at this time: seconds, or [H:]M:S")
-    add(
-        "--reconnect",
-        type=float,
-        default=RECONNECT_S,
-        metavar="S",
-        help="how long a lost camera or stream is tried again, in seconds (default: %(default)g)",
-    )
-
-
-def _add_file_options(add: Callable[..., None]) -> None:
-    add("--no-save", action="store_true", help="write no pictures and videos")
-    add("--start", type=_time, default=0.0, metavar="TIME", help="begin videos at this time")
-    add("--nvdec", action="store_true", help="decode videos on the GPU (needs PyNvVideoCodec and CuPy)")
-
-
-def _add_ray_options(add: Callable[..., None]) -> None:
-    add(
-        "--ray",
-        nargs="?",
-        const="local",
-        metavar="ADDRESS",
-        help="on a Ray cluster: local (this machine), auto or HOST:PORT; Parquet files go to --out (default: runs/ray)",
-    )
-    add("--concurrency", type=int, metavar="N", help="workers, each with an engine (default: all GPUs, or CPUs)")
-    add("--gpus-per-worker", type=float, metavar="G", help="0.5 lets two workers share a GPU (default: 1)")
-    add("--annotate", action="store_true", help="workers write annotated pictures to --out, which all must reach")
-
-
-def _add_data_options(add: Callable[..., None]) -> None:
-    add("--images", type=Path, metavar="DIR", help="pictures of a COCO json (default: its folder, or images/ in it)")
-    add("--split", choices=("val", "test", "train"), default="val", help="of a data.yaml (default: %(default)s)")
-    add("--limit", type=int, metavar="N", help="only the first N pictures")
-    add("--markdown", type=Path, metavar="FILE", help="write the tables into a section of this file, too")
-
-
-def _add_eval_options(add: Callable[..., None]) -> None:
-    add("--compare", type=Path, metavar="FILE", help="a second engine: is its difference more than chance?")
-
-
-def _add_benchmark_options(add: Callable[..., None]) -> None:
-    from yolotrt.engines.base import PRECISIONS
-    from yolotrt.engines.build import BACKENDS
-
-    add("--batches", type=int, nargs="+", default=[1], metavar="N", help="batch sizes (default: 1)")
-    add("--precisions", nargs="+", choices=PRECISIONS, metavar="P", help="with --weights: engines to build")
-    add("--backends", nargs="+", choices=tuple(BACKENDS), metavar="B", help="with --weights: engines to build")
-    add("--repeats", type=int, default=100, metavar="N", help="measured batches of each (default: %(default)s)")
-    add("--accuracy", type=Path, metavar="DATA", help="measure accuracy as well, as --eval DATA does")
-
-
-def _add_run_options(add: Callable[..., None]) -> None:
-    add("--threads", type=int, metavar="N", help="CPU threads of ONNX Runtime (default: all cores)")
-    add(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="results folder; a number is added if it exists (default: runs/detect, runs/eval or runs/benchmark)",
-    )
-    add("--exist-ok", action="store_true", help="write into an existing --out, replacing results there")
-
-
-def _time(text: str) -> float:
-    """Seconds of ``90``, ``1:30`` or ``0:01:30.5``."""
-    try:
-        parts = [float(part) for part in text.split(":")]
-    except ValueError:
-        parts = []
-    if not 1 <= len(parts) <= 3 or not all(0 <= part < float("inf") for part in parts):
-        raise argparse.ArgumentTypeError(f"invalid time value: {text!r}: give seconds, or [H:]M:S")
-    return float(sum(part * 60**power for power, part in enumerate(reversed(parts))))
+    return _COMMANDS[options.command](options)
 
 
 def serialize(options: argparse.Namespace) -> int:
@@ -596,7 +207,6 @@ def detect(options: argparse.Namespace) -> int:
     """Detect objects in pictures, videos and streams (-d)."""
     if options.ray is not None:
         return _detect_on_cluster(options)
-    _refuse(options, _RAY_ONLY, "without --ray")
     from yolotrt.detector import Detector
     from yolotrt.media.run import Outputs, Run
     from yolotrt.media.sources import expand_sources
@@ -617,23 +227,8 @@ def detect(options: argparse.Namespace) -> int:
         return run.execute()
 
 
-_RAY_ONLY = ("concurrency", "gpus_per_worker", "annotate")
-_NOT_WITH_RAY = (
-    "save_txt", "save_conf", "save_crops", "save_json", "save_jsonl", "save_csv", "show", "serve", "no_save", "nvdec",
-)  # fmt: skip
-
-
-def _refuse(options: argparse.Namespace, destinations: Sequence[str], where: str) -> None:
-    """Raise InputError for an option that has no effect."""
-    for destination in destinations:
-        name, default, _ = _COMMANDS_OF_OPTION[destination]
-        if getattr(options, destination) != default:
-            raise InputError(f"{name} has no effect {where}: leave it out")
-
-
 def _detect_on_cluster(options: argparse.Namespace) -> int:
     """Detect on a Ray cluster (-d --ray)."""
-    _refuse(options, _NOT_WITH_RAY, "with --ray, which writes Parquet files to --out")
     _check_engine(options)
     options.out = options.out or DEFAULT_RAY_OUTPUT
     from yolotrt.distributed.cluster import load_ray
@@ -736,7 +331,7 @@ def _add_views(run: Run, detector: Detector, options: argparse.Namespace, *, win
     if window:
         from yolotrt.media.window import NO_DISPLAY, NO_DISPLAY_FOR_WEBCAM, Window
 
-        message = NO_DISPLAY if options.command is detect else NO_DISPLAY_FOR_WEBCAM
+        message = NO_DISPLAY if options.command is Command.DETECT else NO_DISPLAY_FOR_WEBCAM
         run.add_view(Window(detector, options.out, no_display=message))
     if options.serve is not None:
         from yolotrt.media.serve import LivePage
@@ -920,13 +515,12 @@ def info(options: argparse.Namespace) -> int:
     return 0
 
 
-_COMMAND_NAMES: dict[Callable[[argparse.Namespace], int], str] = {
-    serialize: "-s",
-    detect: "-d",
-    webcam: "--webcam",
-    evaluate: "--eval",
-    benchmark: "--benchmark",
-    export_triton: "--export-triton",
-    info: "--info",
+_COMMANDS: dict[Command, Callable[[argparse.Namespace], int]] = {
+    Command.SERIALIZE: serialize,
+    Command.DETECT: detect,
+    Command.WEBCAM: webcam,
+    Command.EVALUATE: evaluate,
+    Command.BENCHMARK: benchmark,
+    Command.EXPORT_TRITON: export_triton,
+    Command.INFO: info,
 }
-"""How each command is called."""

@@ -457,7 +457,7 @@ class Ops:
         except (RuntimeError, ValueError) as problem:  # how the bindings show an invalid shape
             raise NetworkError(f"{name}: the layer's output has no valid shape{self._reason()}") from problem
         if abs(int(np.prod(shape, dtype=np.float64))) > MAX_TENSOR_VOLUME:
-            raise NetworkError(f"{name}: an output of shape {shape} is too large")
+            raise NetworkError(f"{name}: an output of shape {shape} is too large: choose a smaller --imgsz or --batch")
         output.name = name
         return output
 
