@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
-from yolotrt import BuildOptions, build_engine
+from yolotrt import BuildOptions, build_engine, load_weights
 from yolotrt.calibration import sensitivity
 from yolotrt.calibration.accuracy import Accuracy, keep_until_accurate
 from yolotrt.calibration.calibrate import find_table
@@ -74,6 +74,16 @@ def test_all_convolutions_but_heads_are_measured(tiny_weights, table, options):
         bad = spoiled(table, "model.2.act")
         analysis = analyse(tiny_weights, SIZE, bad, options, placement)
         assert {layer.name for layer in analysis.layers} == {f"model.{index}.conv" for index in names}
+
+
+@pytest.mark.parametrize(("placement", "first"), [(FLOAT_TENSORRT, "model.0.conv"), (ONNX_RUNTIME, "model.1.conv")])
+def test_convolutions_of_masks_belong_to_the_head(golden, options, placement, first):
+    weights = load_weights(golden / "weights/derived_seg_nc80.pt")
+    table = find_table(weights, "1" * 64, SIZE, options).table
+    names = sensitivity._int8_names(weights, SIZE, table, placement)
+    assert first in names
+    assert len(names) == 63 - 3 - 3 - (placement is ONNX_RUNTIME)  # heads, prototypes, the picture's
+    assert not any(name.startswith("model.24") for name in names)
 
 
 def test_a_network_that_is_good_enough_keeps_nothing_and_costs_one_measurement(

@@ -34,7 +34,7 @@ from yolotrt.evaluation.dataset import read_dataset
 from yolotrt.evaluation.run import require_packages
 from yolotrt.files import atomic_write_text
 from yolotrt.network import recorder
-from yolotrt.network.builder import INPUT_NAME
+from yolotrt.network.builder import INPUT_NAME, NetworkBuilder
 from yolotrt.network.quantize import ACTIVATION, CONVOLUTION, SIGMOID, Placement, Quantization
 from yolotrt.shell import print_beside_progress
 from yolotrt.weights import Weights
@@ -53,7 +53,7 @@ NEGLIGIBLE_DB = 15.0
 """A layer that is so much better than `TARGET_DB` is not worth keeping."""
 
 NO_ERROR_DB = 120.0
-"""The most that is told, about float32's own roundings. Layers that make masks alone do not reach the heads."""
+"""The most that is told: about float32's own roundings."""
 
 EVALUATED_LAYERS = 3
 """So many of the worst layers are evaluated alone where labels are given: an evaluation takes much longer."""
@@ -227,17 +227,28 @@ def _measure_layers(
     from tqdm import tqdm
 
     convolutions = _convolutions(weights, imgsz)
-    able = [
-        layer
-        for layer in convolutions
-        if not layer.output.is_network_output and (placement.reads_pictures or not layer.inputs[0].is_network_input)
-    ]
+    names = _int8_names(weights, imgsz, table, placement)
+    able = [layer for layer in convolutions if layer.name in names]
     print_beside_progress(f"measuring how much INT8 hurts each of {len(able)} layers")
     found = []
     for layer in tqdm(able, desc="measuring layers", unit="layer", disable=None, file=sys.stderr, leave=False):
         alone = _alone(layer, convolutions, table)
         found.append(LayerNoise(layer.name, heads.snr_db(alone, _for_one_layer(placement))))
     return sorted(found, key=lambda row: row.snr_db)
+
+
+def _int8_names(weights: Weights, imgsz: tuple[int, int], table: ScaleTable, placement: Placement) -> frozenset[str]:
+    """The convolutions that are INT8 where none is kept: all but the head's, and others as the placement says."""
+    definition = NetworkBuilder(
+        recorder.Network(),
+        recorder,
+        weights,
+        compute_dtype=recorder.float32,
+        quantization=Quantization(table.scales),
+        placement=placement,
+    )
+    definition.build_heads(1, *imgsz)
+    return frozenset(definition.int8_convolutions)
 
 
 def _convolutions(weights: Weights, imgsz: tuple[int, int]) -> list[recorder.ConvolutionLayer]:
@@ -280,7 +291,10 @@ def _with_labels(
     found = {FLOAT_NETWORK: accuracy.of_float(), INT8_NETWORK: accuracy.of_int8(Quantization(scales), placement)}
     convolutions = _convolutions(weights, imgsz)
     if options.keep == (AUTO_KEEP,):
-        rows = _rows_by_gain(heads, convolutions, table, placement, keep)
+        names = _int8_names(weights, imgsz, table, placement)
+        rows = _rows_by_gain(
+            heads, [layer.name for layer in convolutions if layer.name in names], table, placement, keep
+        )
         keep = keep_until_accurate(accuracy, rows, scales, keep, placement)
     if keep:
         found[KEPT_NETWORK] = accuracy.of_int8(Quantization(scales, keep), placement)
@@ -293,13 +307,12 @@ def _with_labels(
 
 def _rows_by_gain(
     heads: Heads,
-    convolutions: Sequence[recorder.ConvolutionLayer],
+    names: Sequence[str],
     table: ScaleTable,
     placement: Placement,
     keep: tuple[str, ...],
 ) -> Iterator[str]:
-    """Rows of the yaml with INT8 convolutions, the one first that gains most if it stays in high precision."""
-    names = [layer.name for layer in convolutions if not layer.output.is_network_output]
+    """Rows of the yaml with INT8 convolutions (`names`), first the one that gains most if it is kept."""
     rows = dict.fromkeys(".".join(name.split(".")[:2]) for name in names)
     gains = {row: heads.snr_db(Quantization(table.scales, (*keep, row)), placement) for row in rows if row not in keep}
     yield from sorted(gains, key=lambda row: -gains[row])
