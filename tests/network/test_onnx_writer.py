@@ -594,6 +594,18 @@ def test_integers_are_repeated_by_concatenation(scales, rounding, dtype, is_repe
     assert operators.count("DequantizeLinear") == (readers if is_repeated else 1)
 
 
+def test_what_is_repeated_can_be_an_output_as_well():
+    def define(network, x):
+        scale = constant(network, 0.125)
+        y = network.add_quantize(x, scale, rec.int8).get_output(0)
+        y = network.add_dequantize(y, scale, rec.float32).get_output(0)
+        network.mark_output(y)
+        return attributes(network.add_resize(y), scales=(1, 1, 2, 2))
+
+    operators = [node.op_type for node in Model(define, (3, 4, 6)).proto.graph.node]
+    assert operators.count("DequantizeLinear") == 2
+
+
 # --- the model as a whole ---
 
 

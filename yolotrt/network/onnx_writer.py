@@ -360,8 +360,9 @@ def _quantize(writer: _Writer, layer: rec.QuantizeLayer) -> None:
     if isinstance(x.source, rec.ConstantLayer) and _stores_quantized(layer, x.source):
         writer.initializer(_quantized_constant(layer, x.source), layer.output.name)
         return
-    if layer.output.consumers and all(map(_repeats_integers, layer.output.consumers)):
-        return
+    readers = layer.output.consumers
+    if readers and all(map(_repeats_integers, readers)) and not layer.output.is_network_output:
+        return  # they read the integers
     axis = {"axis": layer.axis} if scale.shape else {}
     step, zero_point = _quantizing(writer, layer)
     if not layer.dequantize:
