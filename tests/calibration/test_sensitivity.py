@@ -297,6 +297,27 @@ def test_labels_make_auto_keep_the_row_that_costs_accuracy(
     assert analyse(tiny_weights, SIZE, spoiled(table, "model.2.act"), options, ONNX_RUNTIME).keep == ()
 
 
+def test_pictures_with_labels_that_cannot_be_read_are_named_once(tiny_weights, options, labels, capsys):
+    pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed")
+    content = json.loads(labels.read_text())
+    content["images"][0]["file_name"] = "gone.png"
+    labels.write_text(json.dumps(content))
+    build = BuildOptions(precision="int8", int8=replace(options, keep=("model.1",), labels=labels))
+    build_engine(tiny_weights, backend="onnxruntime", options=build)
+    printed = capsys.readouterr().err
+    assert printed.count("note: 1 pictures that cannot be read, left out with their labels: ") == 1
+
+
+def test_accuracy_needs_a_label_in_a_picture_that_can_be_read(tiny_weights, table, options, labels):
+    pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed")
+    content = json.loads(labels.read_text())
+    content["annotations"] = content["annotations"][:1]
+    content["images"][0]["file_name"] = "gone.png"
+    labels.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"labels\.json has no label in a picture that can be read: check it"):
+        analyse(tiny_weights, SIZE, table, replace(options, labels=labels), ONNX_RUNTIME)
+
+
 def test_labels_that_are_no_data_are_refused_before_the_work(tiny_weights, table, options, tmp_path):
     wanted = replace(options, labels=tmp_path / "missing.json")
     with pytest.raises(InputError, match=r"missing\.json"):

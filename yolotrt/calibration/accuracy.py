@@ -12,9 +12,11 @@ from pathlib import Path
 from yolotrt.engines.base import BuildOptions, CompleteOptions
 from yolotrt.engines.definition import BuildHooks, build_plan
 from yolotrt.engines.file import EngineFile
+from yolotrt.errors import InputError
 from yolotrt.evaluation.run import Data, evaluate_engine, require_packages
 from yolotrt.network import recorder
 from yolotrt.network.quantize import Placement, Quantization
+from yolotrt.shell import print_beside_progress
 from yolotrt.weights import Weights
 
 _log = logging.getLogger(__name__)
@@ -29,7 +31,7 @@ MAX_TRIED_ROWS, MAX_KEPT_ROWS = 5, 3
 class Accuracy:
     """Evaluates by YOLOv5's protocol with ONNX Runtime on the CPU, whatever library the roundings are placed for.
 
-    A network that was evaluated is not evaluated again.
+    A network that was evaluated is not evaluated again. What is wrong with the data is said once.
     """
 
     def __init__(self, weights: Weights, imgsz: tuple[int, int], labels: Path) -> None:
@@ -57,7 +59,7 @@ class Accuracy:
         """MAP50-95 of the float network, 0..1.
 
         Raises:
-            InputError: if the data cannot be used.
+            InputError: if the data cannot be used, or no label is left of them.
         """
         return self._measure(self._float)
 
@@ -80,7 +82,13 @@ class Accuracy:
     def _measure(self, engine: EngineFile) -> float:
         key = engine.header.plan_sha256
         if key not in self._found:
-            self._found[key] = evaluate_engine(engine, self._data).metrics.map or 0.0
+            evaluation = evaluate_engine(engine, self._data)
+            if not self._found:  # the data are the same each time
+                for line in evaluation.dataset.problems.lines():
+                    print_beside_progress(f"note: {line}")
+            if evaluation.metrics.map is None:
+                raise InputError(f"dataset {self._data.path} has no label in a picture that can be read: check it")
+            self._found[key] = evaluation.metrics.map
         return self._found[key]
 
 
