@@ -398,8 +398,23 @@ def test_a_warm_up_is_not_counted_and_changes_no_result(request, engine):
         assert vars(warm.timing) == vars(Timing())
         assert_same(warm(picture), cold(picture))
         assert warm.timing.pictures == 1
+        before = warm.timing
+        warm.warm_up(batches=2)
+        assert warm.timing is before
+        assert before.pictures == 1
     with pytest.raises(InputError, match="the detector is closed"):
         warm.warm_up()
+
+
+def test_a_warm_up_that_fails_leaves_the_timing(tiny_engine, monkeypatch):
+    with Detector(tiny_engine) as opened:
+        opened(noise(60, 80))
+        before = opened.timing
+        monkeypatch.setattr(opened._session, "detect", lambda *_: pytest.fail("the device"))
+        with pytest.raises(pytest.fail.Exception, match="the device"):
+            opened.warm_up()
+        assert opened.timing is before
+        assert before.pictures == 1
 
 
 def test_timing_adds_up(tiny_engine):

@@ -150,17 +150,20 @@ class Detector:
             return _Classified(self._classify(frames))
         return PendingDetections(self, self._session.submit(frames, self.options), [_size(frame) for frame in frames])
 
-    def warm_up(self) -> None:
+    def warm_up(self, *, batches: int = 1) -> None:
         """Compute a grey picture, so that the first of yours does not wait for what is made at first use.
 
         Its time is not counted in `timing`.
+
+        Args:
+            batches: How many batches will be under way at once; see `submit` and `batches_in_flight`.
 
         Raises:
             InputError: if the detector is closed.
             InferenceError: if the device fails.
         """
         self._require_open()
-        self._session.warm_up(self.options)
+        self._session.warm_up(self.options, batches=batches)
 
     def frame_buffer(self, height: int, width: int) -> Image:
         """Memory for one picture, uint8 (height, width, 3), that the engine reads fastest: decode into it.

@@ -75,6 +75,17 @@ def test_each_batch_size_is_captured_once_and_kernels_do_everything(tiny_classif
         assert (device.calls["capture"], device.calls["graph"]) == (2, 4)
 
 
+def test_a_warm_session_has_the_graphs_of_its_smallest_and_largest_batch(tiny_classifier_engine, trt, device):
+    low, _, high = tiny_classifier_engine.header.batch_range
+    assert low < high
+    with GpuClassifier.open(trt, gpu_engine(tiny_classifier_engine), device) as session:
+        session.warm_up(NmsOptions())
+        assert session.timing.pictures == 0
+        for count in (low, high):
+            session.classify([frame(0)] * count)
+        assert device.calls["capture"] == 2
+
+
 def test_results_are_the_callers(tiny_classifier_engine, trt, device):
     images = np.random.default_rng(0).random((2, 1, 3, 32, 32), np.float32)
     with GpuClassifier.open(trt, gpu_engine(tiny_classifier_engine), device) as session:

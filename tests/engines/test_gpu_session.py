@@ -849,6 +849,23 @@ def raising(problem: Exception) -> Callable[..., None]:
     return fail
 
 
+@pytest.mark.parametrize(("batches", "lanes"), [(1, 1), (2, 2), (gpu_session.LANES + 1, gpu_session.LANES)])
+def test_a_warm_session_has_contexts_and_graphs(tiny_dynamic_engine, trt, device, batches, lanes):
+    low, _, high = tiny_dynamic_engine.header.batch_range
+    sizes = (low, high)
+    with GpuSession.open(trt, gpu_engine(tiny_dynamic_engine), device) as session:
+        session.warm_up(OPTIONS, batches=batches)
+        assert session.timing.pictures == 0
+        assert len(session._lanes) == lanes
+        captures = device.calls["capture"]
+        assert captures == lanes * len(sizes)
+        for size in sizes:
+            for pending in [session.submit([frame(0)] * size, OPTIONS) for _ in range(lanes)]:
+                assert_same(pending.result(), expected(tiny_dynamic_engine, [frame(0)] * size))
+        assert device.calls["capture"] == captures
+    assert not trt.violations
+
+
 @pytest.mark.parametrize("room", [10_000, 30_000, 200_000])
 def test_too_little_memory_is_one_line(tiny_dynamic_engine, trt, device, room):
     engine = gpu_engine(tiny_dynamic_engine)

@@ -20,6 +20,7 @@ from yolotrt.engines.build import build_engine, open_session
 from yolotrt.engines.file import EngineFile, TensorInfo
 from yolotrt.engines.onnx import OnnxRuntimeBackend
 from yolotrt.errors import BackendUnavailableError, EngineFileError, InputError
+from yolotrt.postprocess import NmsOptions
 from yolotrt.weights import Weights
 
 SHAPES = ((14, 8, 12), (14, 4, 6))
@@ -209,6 +210,20 @@ def test_more_threads_than_cpus_are_warned_of(static, monkeypatch, caplog):
         caplog.clear()
         open_session(static, threads=threads).close()
         assert caplog.text.count(f"{threads} threads on 2 CPUs wait for each other") == warnings
+
+
+@pytest.mark.parametrize(
+    ("engine", "batches", "sessions"), [("static", 1, 1), ("static", 2, 2), ("tiny_classifier_engine", 2, 1)]
+)
+def test_a_warm_up_loads_what_batches_side_by_side_need(request, monkeypatch, engine, batches, sessions):
+    file = request.getfixturevalue(engine)
+    monkeypatch.setattr(onnx_backend, "_core_count", lambda: 2)
+    loaded = []
+    load = onnx_backend.inference_session
+    monkeypatch.setattr(onnx_backend, "inference_session", lambda *given: loaded.append(given) or load(*given))
+    with open_session(file) as session:
+        session.warm_up(NmsOptions(), batches=batches)
+        assert len(loaded) == sessions
 
 
 def test_onnx_runtime_reports_nothing_about_its_user(static, tmp_path):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -65,14 +66,30 @@ def files(folder: str) -> set[str]:
 @pytest.mark.parametrize(("count", "is_warmed"), [(1, False), (2, True)])
 def test_the_engine_is_warm_before_many_pictures_are_timed(detector, monkeypatch, count, is_warmed):
     calls = []
-    monkeypatch.setattr(detector, "warm_up", lambda: calls.append("warm"))
+    monkeypatch.setattr(detector, "warm_up", lambda *, batches: calls.append(batches))
     for index in range(count):
         write_image(Path(f"pictures/{index}.png"), np.zeros((40, 60, 3), np.uint8))
     assert run(detector, "pictures", save_media=False, json=Path("a.json")) == 0
-    assert calls == ["warm"] * is_warmed
+    assert calls == [detector.batches_in_flight] * is_warmed
     make_video(Path("clip.mp4"), 2)
     assert run(detector, "clip.mp4", save_media=False, json=Path("b.json")) == 0
-    assert calls == ["warm"] * (is_warmed + 1)
+    assert calls == [detector.batches_in_flight] * (is_warmed + 1)
+
+
+def test_an_engine_that_cannot_be_warmed_leaves_no_folder_and_closes_the_views(detector, monkeypatch):
+    def fail(*, batches: int) -> None:
+        raise InferenceError("the device failed")
+
+    monkeypatch.setattr(detector, "warm_up", fail)
+    make_video(Path("clip.mp4"), 2)
+    started = Run(detector, expand_sources(["clip.mp4"]), Outputs(Path("out")))
+    view = SimpleNamespace(closed=0)
+    view.close = lambda: setattr(view, "closed", view.closed + 1)
+    started.add_view(view)
+    with pytest.raises(InferenceError, match="the device failed"):
+        started.execute()
+    assert view.closed == 1
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("engine", ["tiny_engine", "tiny_dynamic_engine"])

@@ -339,23 +339,31 @@ class Session(abc.ABC):
         self.timing.pictures += len(frames)
         return softmax(logits[: len(frames)])
 
-    def warm_up(self, options: NmsOptions) -> None:
-        """Compute a grey picture, so that no later one waits for what is made at first use; its time is not counted.
+    def warm_up(self, options: NmsOptions, *, batches: int = 1) -> None:
+        """Compute a grey picture, so that later ones do not wait for what is made at first use.
 
-        On a GPU that is kernels, graphs and memory.
+        On a GPU that is kernels, graphs and memory, also for a full batch. `timing` stays as it is.
 
         Args:
             options: Thresholds, which should be those of later use.
+            batches: How many batches will be under way at once.
 
         Raises:
             InferenceError: if the device fails.
         """
         grey = np.full((*self.header.imgsz, 3), PAD_VALUE, np.uint8)
+        timing, self.timing = self.timing, Timing()
+        try:
+            self._compute_at_first(grey, options, min(batches, self.batches_in_flight))
+        finally:
+            self.timing = timing
+
+    def _compute_at_first(self, picture: Frame, options: NmsOptions, batches: int) -> None:  # noqa: ARG002
+        """What `warm_up` computes; several batches under way may need more than one alone does."""
         if self.header.model.task == "classify":
-            self.classify([grey])
+            self.classify([picture])
         else:
-            self.detect([grey], options)
-        self.timing = Timing()
+            self.detect([picture], options)
 
     def check_in_host_memory(self, frames: Sequence[Frame]) -> None:
         """Raise InputError unless all frames are NumPy arrays."""

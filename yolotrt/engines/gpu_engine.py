@@ -13,10 +13,11 @@ import numpy.typing as npt
 
 from yolotrt.cuda.device import GpuDevice, Graph, find_device
 from yolotrt.cuda.kernels import upload_bytes
-from yolotrt.engines.base import Session, Timing
+from yolotrt.engines.base import Frame, Session, Timing
 from yolotrt.engines.file import REBUILD, EngineFile, TensorInfo
 from yolotrt.engines.trt_engine import TrtEngine, shared_engine
 from yolotrt.errors import InferenceError, InputError
+from yolotrt.postprocess import NmsOptions
 
 _log = logging.getLogger(__name__)
 
@@ -77,6 +78,16 @@ class EngineSession(Session, Generic[_Lane]):
         if getattr(self, "_engine", None) is not None:
             with contextlib.suppress(Exception):  # the interpreter may be ending
                 self.close()
+
+    def _compute_at_first(self, picture: Frame, options: NmsOptions, batches: int) -> None:
+        """The smallest and the largest batch, as contexts and graphs are for one size; each under way takes a lane."""
+        low, _, high = self.header.batch_range
+        for frames in [picture] * low, *([[picture] * high] if high > low else []):
+            if self.header.model.task == "classify":
+                self.classify(frames)
+            else:
+                for pending in [self.submit(frames, options) for _ in range(batches)]:
+                    pending.result()
 
     def _require_open(self) -> None:
         if self._engine is None:

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from yolotrt.engines.base import Backend, CompleteOptions, Plan, Session
+from yolotrt.engines.base import Backend, CompleteOptions, Frame, Plan, Session
 from yolotrt.engines.definition import BuildHooks, build_plan
 from yolotrt.engines.file import REBUILD, EngineFile
 from yolotrt.engines.host import HostSession
 from yolotrt.errors import BackendUnavailableError, BuildError, EngineFileError, InferenceError, InputError
 from yolotrt.network import recorder
-from yolotrt.postprocess import Float
+from yolotrt.postprocess import Float, NmsOptions
 from yolotrt.weights import Weights
 
 _ERRORS_ONLY = 3
@@ -116,6 +116,11 @@ class OnnxRuntimeSession(HostSession):
             session.run_with_iobinding(binding)
         except _library_errors() as problem:
             raise InferenceError(f"ONNX Runtime failed ({_first_line(problem)}): try a smaller batch") from problem
+
+    def _compute_at_first(self, picture: Frame, options: NmsOptions, batches: int) -> None:
+        if batches > 1 and self.header.model.task != "classify":  # classifiers compute one batch at a time
+            self._shared_session()
+        super()._compute_at_first(picture, options, batches)
 
     def close(self) -> None:
         """Free the sessions."""

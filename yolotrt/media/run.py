@@ -155,14 +155,14 @@ class Run:
             InferenceError: if the device fails.
         """
         self._folder = self._make_folder()
-        if self._live is not None or len(self._files) > 1 or any(map(is_video, self._files)):
-            self._detector.warm_up()  # a picture alone is done sooner without
-        began = time.perf_counter()
         pipeline = Pipeline(self._stages(), capacity=_LIVE_CAPACITY if self._live else QUEUE_CAPACITY)
         self._is_ending = lambda: pipeline.is_ending
         try:
-            with _first_interrupt(pipeline.end_early) as interrupt, self._closing_views(), pipeline:
-                self._deliver(pipeline)
+            with _first_interrupt(pipeline.end_early) as interrupt, self._closing_views():
+                self._warm_up()
+                began = time.perf_counter()
+                with pipeline:
+                    self._deliver(pipeline)
         finally:
             self._remove_empty_folder()
         seconds = time.perf_counter() - began
@@ -173,6 +173,17 @@ class Run:
         if self._failures and not self._pictures + self._frames:
             return InputError.exit_status
         return 1 if self._failures else 0
+
+    def _warm_up(self) -> None:
+        """Have the engine make what it needs before times are taken; a picture alone is done sooner without."""
+        if self._live is not None or len(self._files) > 1 or any(map(is_video, self._files)):
+            self._detector.warm_up(batches=self._batches_in_flight)
+
+    @property
+    def _batches_in_flight(self) -> int:
+        """Batches that the detector works on at once; few of live frames, which grow old meanwhile."""
+        in_flight = self._detector.batches_in_flight
+        return in_flight if self._live is None else min(in_flight, _LIVE_BATCHES)
 
     def _deliver(self, pipeline: Pipeline) -> None:
         """Count and show the results as they come."""
@@ -240,9 +251,7 @@ class Run:
         """Detections of frames, in batches as large as the engine takes; of live frames, as large as are there."""
         size = self._detector.engine.header.max_batch
         under_way: deque[_Batch] = deque()
-        in_flight = self._detector.batches_in_flight
-        if self._live is not None:
-            in_flight = min(in_flight, _LIVE_BATCHES)
+        in_flight = self._batches_in_flight
         batch: list[Frame] = []
         for frame in inbox:
             batch.append(frame)
