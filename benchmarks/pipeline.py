@@ -101,6 +101,9 @@ class StubDetector:
         found: list[Detections] = self.submit(images).result()
         return found
 
+    def warm_up(self, *, batches: int) -> None:
+        """Nothing to do."""
+
     def submit(self, images: list[Any]) -> Any:
         """The boxes."""
         self.timing.pictures += len(images)
