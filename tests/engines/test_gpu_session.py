@@ -23,6 +23,7 @@ from yolotrt.engines.file import EngineFile
 from yolotrt.engines.gpu_session import GpuSession
 from yolotrt.engines.host import HostDecoder
 from yolotrt.engines.onnx import OnnxRuntimeSession
+from yolotrt.engines.trt_engine import TrtEngine
 from yolotrt.errors import ImageError, InferenceError, InputError
 from yolotrt.media.images import read_image
 from yolotrt.postprocess import Boxes, NmsOptions
@@ -880,17 +881,32 @@ def test_too_little_memory_is_one_line(tiny_dynamic_engine, trt, device, room):
     assert not trt.violations
 
 
-def test_where_memory_has_no_room_for_a_lane_the_others_do(tiny_engine, trt, device, caplog):
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9, 0.99])  # tensors, then options, then frames have no room
+def test_where_memory_has_no_room_for_a_lane_the_others_do(tiny_engine, trt, device, caplog, share):
     (wanted,) = expected(tiny_engine, [frame(0)])
     with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
         for _ in range(2):
             session.submit([frame(0)], OPTIONS)
-        device.memory_limit = sum(device.device_memory.values())
+        used = sum(device.device_memory.values())
+        device.memory_limit = used + int(share * used / 2)
         for pending in [session.submit([frame(0)], OPTIONS) for _ in range(5)]:
             assert_same(pending.result(), [wanted])
         assert len(session._lanes) == session.batches_in_flight == 2
     (line,) = caplog.messages
     assert line.startswith("2 batches can be under way at once (the GPU's memory does not suffice (Out of memory alloc")
+
+
+def test_where_tensorrt_gives_a_lane_no_context_the_others_do(tiny_engine, trt, device, caplog, monkeypatch):
+    (wanted,) = expected(tiny_engine, [frame(0)])
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        first = session.submit([frame(0)], OPTIONS)
+        monkeypatch.setattr(TrtEngine, "_new_context", lambda *_: None)
+        for pending in [first, *(session.submit([frame(0)], OPTIONS) for _ in range(3))]:
+            assert_same(pending.result(), [wanted])
+        assert len(session._lanes) == session.batches_in_flight == 1
+    (line,) = caplog.messages
+    assert line.startswith("1 batches can be under way at once (TensorRT gave no execution context")
+    assert not trt.violations
 
 
 def test_options_that_need_too_much_memory_leave_the_others_usable(tiny_engine, trt, device):

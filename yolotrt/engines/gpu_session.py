@@ -45,7 +45,7 @@ from yolotrt.engines.gpu_classifier import GpuClassifier
 from yolotrt.engines.gpu_engine import EngineSession, EngineStream, explain
 from yolotrt.engines.host import HostDecoder
 from yolotrt.engines.trt_engine import TrtEngine
-from yolotrt.errors import InputError
+from yolotrt.errors import InferenceError, InputError
 from yolotrt.postprocess import Boxes, NmsOptions, raw_threshold
 
 LANES = 3
@@ -86,17 +86,12 @@ class GpuSession(EngineSession["_Lane"]):
         if options.multi_label:
             return Finished(self._detect_on_host(frames, options))
         with self._on_device():
-            lane = self._free_lane()
-            began = time.perf_counter()
-            owners = lane.place(frames)
-            placed = time.perf_counter()
-            lane.start(len(frames), options)
-            lane.started_at = self.timing.pictures
-            pending = lane.pending = _GpuPending(self, lane, owners)
-            self.timing.preprocess_ms += (placed - began) * 1e3
-            self.timing.inference_ms += (time.perf_counter() - placed) * 1e3
-            self.timing.pictures += len(frames)
-        return pending
+            idle = next((lane for lane in self._lanes if lane.pending is None), None)
+            if idle is None and len(self._lanes) < self.batches_in_flight:
+                pending = self._start_in_new_lane(frames, options)
+                if pending is not None:
+                    return pending
+            return self._start(idle or self._oldest_lane(), frames, options)
 
     def detect(self, frames: Sequence[Frame], options: NmsOptions) -> list[Boxes]:
         """See `Session.detect`; waits without sleeping, which is the fastest for a single frame."""
@@ -179,18 +174,41 @@ class GpuSession(EngineSession["_Lane"]):
         timing.pictures += len(frames)
         return boxes
 
-    def _free_lane(self) -> _Lane:
-        """A lane without a batch under way, or else the oldest one after its batch is finished."""
-        idle = next((lane for lane in self._lanes if lane.pending is None), None)
-        if idle is not None:
-            return idle
-        if len(self._lanes) < self.batches_in_flight and self._engine is not None:
+    def _start(self, lane: _Lane, frames: Sequence[Frame], options: NmsOptions) -> _GpuPending:
+        """Start a batch in a lane that has none."""
+        began = time.perf_counter()
+        owners = lane.place(frames)
+        placed = time.perf_counter()
+        lane.start(len(frames), options)
+        lane.started_at = self.timing.pictures
+        pending = lane.pending = _GpuPending(self, lane, owners)
+        self.timing.preprocess_ms += (placed - began) * 1e3
+        self.timing.inference_ms += (time.perf_counter() - placed) * 1e3
+        self.timing.pictures += len(frames)
+        return pending
+
+    def _start_in_new_lane(self, frames: Sequence[Frame], options: NmsOptions) -> _GpuPending | None:
+        """Start a batch in one more lane; None if the GPU has no room for it, which may turn out with the batch."""
+        assert self._engine is not None
+        # TensorRT takes memory for its contexts itself
+        failures: tuple[type[BaseException], ...] = (*self._device.errors, InferenceError)
+        try:
+            lane = _Lane(self._engine, self._lent)
             try:
-                self._lanes.append(_Lane(self._engine, self._lent))
-                return self._lanes[-1]
-            except self._device.errors as problem:
-                self.batches_in_flight = len(self._lanes)
-                _log.warning("%d batches can be under way at once (%s)", self.batches_in_flight, explain(problem))
+                pending = self._start(lane, frames, options)
+            except BaseException:
+                lane.close()
+                raise
+        except failures as problem:
+            self.batches_in_flight = len(self._lanes)
+            reason = problem if isinstance(problem, InferenceError) else explain(problem)
+            _log.warning("%d batches can be under way at once (%s)", self.batches_in_flight, reason)
+            return None
+        self._lanes.append(lane)
+        return pending
+
+    def _oldest_lane(self) -> _Lane:
+        """The lane whose batch began first, after that is finished."""
         return self._finished(min(self._lanes, key=lambda lane: lane.started_at))
 
     def _idle_lane(self) -> _Lane:
