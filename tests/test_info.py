@@ -116,7 +116,7 @@ def test_what_the_build_found_out_is_said(tmp_path, tiny_engine, found, words):
 
 @pytest.mark.parametrize(
     ("bytes_needed", "line"),
-    [(3 << 20, "3.0 MiB of the GPU for each batch under way, besides the plan"), ("much", None)],
+    [(3 << 20, "3.0 MiB of the GPU for each batch under way, besides plan, inputs and outputs"), ("much", None)],
 )
 def test_the_gpus_memory_is_said_where_it_is_known(tmp_path, tiny_engine, bytes_needed, line):
     header = dataclasses.replace(tiny_engine.header, build_options={"scratch_bytes": bytes_needed})

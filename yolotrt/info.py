@@ -118,7 +118,8 @@ def _memory_rows(header: EngineHeader) -> list[tuple[str, str]]:
     scratch = header.build_options.get("scratch_bytes")
     if not isinstance(scratch, int):
         return []
-    return [("memory", f"{scratch / 2**20:.1f} MiB of the GPU for each batch under way, besides the plan")]
+    amount = f"{scratch / 2**20:.1f} MiB of the GPU for each batch under way"
+    return [("memory", f"{amount}, besides plan, inputs and outputs")]
 
 
 def convolutions_in_words(header: EngineHeader) -> str:
