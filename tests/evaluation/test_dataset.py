@@ -209,6 +209,15 @@ def test_a_folder_of_pictures_belongs_to_a_json():
         read_dataset(yolo({"a": GOOD}), NAMES, images=Path("images"))
 
 
+@pytest.mark.parametrize("place", ["images/val", "images/val/*.jpg"])
+def test_links_that_lead_nowhere_are_left_for_the_reader_to_name(place):
+    data = yolo({"a": GOOD, "b": GOOD}, val=place)
+    picture = Path("images/val/b.jpg")
+    picture.unlink()
+    picture.symlink_to("gone.jpg")
+    assert [path.path.name for path in read_dataset(data, NAMES).pictures] == ["a.jpg", "b.jpg"]
+
+
 def test_a_limit_takes_the_first_pictures():
     dataset = read_dataset(yolo(dict.fromkeys("abc", GOOD)), NAMES, limit=2)
     assert [picture.path.stem for picture in dataset.pictures] == ["a", "b"]

@@ -167,11 +167,11 @@ def _media(paths: Iterable[Path]) -> list[Path]:
 
     A link that leads nowhere is one of them: when it is read, it is named, and not passed over in silence.
     """
-    found = (path for path in paths if path.suffix.lower() in MEDIA_SUFFIXES and (path.is_file() or _is_dangling(path)))
+    found = (path for path in paths if path.suffix.lower() in MEDIA_SUFFIXES and (path.is_file() or is_dangling(path)))
     return sorted(found, key=_natural_key)
 
 
-def _is_dangling(path: Path) -> bool:
+def is_dangling(path: Path) -> bool:
     """Whether the path is a link to something that does not exist."""
     return path.is_symlink() and not path.exists()
 
