@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import enum
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -158,57 +159,52 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         const=Command.SERIALIZE,
         help="build an engine from weights",
     )
-    group.add_argument(
+    add = functools.partial(group.add_argument, action=_SetCommand)
+    add(
         "-d",
         "--detect",
         dest="detect_sources",
-        action=_SetCommand,
         command=Command.DETECT,
         nargs="*",
         metavar="SOURCE",
         help="detect in pictures, videos, folders, globs, .txt lists, cameras, URLs (default: samples/)",
     )
-    group.add_argument(
+    add(
         "--webcam",
         dest="camera",
-        action=_SetCommand,
         command=Command.WEBCAM,
         nargs="?",
         const="0",
         metavar="CAMERA",
         help="show what a camera sees: 0, /dev/video1, a URL, or a video that plays as a camera (default: 0)",
     )
-    group.add_argument(
+    add(
         "--eval",
         dest="eval_data",
-        action=_SetCommand,
         command=Command.EVALUATE,
         type=Path,
         metavar="DATA",
         help="measure accuracy with labelled pictures: a YOLO data.yaml, or a COCO json",
     )
-    group.add_argument(
+    add(
         "--benchmark",
         dest="detect_sources",
-        action=_SetCommand,
         command=Command.BENCHMARK,
         nargs="*",
         metavar="SOURCE",
         help="measure speed with pictures (default: samples/)",
     )
-    group.add_argument(
+    add(
         "--export-triton",
         dest="triton_folder",
-        action=_SetCommand,
         command=Command.EXPORT_TRITON,
         type=Path,
         metavar="DIR",
         help="write a model repository for the Triton Inference Server",
     )
-    group.add_argument(
+    add(
         "--info",
         dest="info_file",
-        action=_SetCommand,
         command=Command.INFO,
         metavar="FILE",
         help="describe a .pt, .wts, .safetensors or .engine file",

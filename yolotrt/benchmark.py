@@ -25,12 +25,13 @@ from yolotrt import markdown
 from yolotrt.engines.base import BuildOptions, Session
 from yolotrt.engines.build import build_engine, open_session, require_boxes
 from yolotrt.engines.file import EngineFile
+from yolotrt.engines.host import HostDecoder
 from yolotrt.errors import BackendUnavailableError, InputError, YolotrtError
 from yolotrt.files import atomic_write, atomic_write_text
 from yolotrt.machine import describe_machine
 from yolotrt.media.images import read_image
 from yolotrt.media.sources import VIDEO_SUFFIXES, expand_sources
-from yolotrt.postprocess import Boxes, NmsOptions, YoloLayer, non_max_suppression
+from yolotrt.postprocess import NmsOptions
 from yolotrt.preprocess import Letterbox
 from yolotrt.weights import Weights
 
@@ -317,11 +318,9 @@ class _HostStages(_Stages):
 
     def __init__(self, session: Session) -> None:
         header = session.header
-        model = header.model
         self._session = session
         self._input = np.zeros((header.max_batch, 3, *header.imgsz), np.float32)
-        self._mask_count = header.outputs[-1].shape[1] if model.task == "segment" else 0
-        self._yolo_layer = YoloLayer(model.anchors, model.strides, len(model.names), self._mask_count)
+        self._decoder = HostDecoder(header)
 
     def of_batch(self, frames: Sequence[Image], options: NmsOptions) -> dict[str, float]:
         """See `_Stages.of_batch`."""
@@ -329,19 +328,14 @@ class _HostStages(_Stages):
         images = self._input[: len(frames)]
         clock.time("letterbox", lambda: self._letterbox(frames))
         outputs = clock.time("engine", lambda: self._session.run(images))
-        heads = outputs[: len(self._yolo_layer.strides)]  # prototypes of masks come behind them
-        rows = clock.time("yololayer", lambda: list(self._yolo_layer.candidates(heads, options.confidence)))
-        clock.time("nms", lambda: self._suppressed(rows, options))
+        rows = clock.time("yololayer", lambda: list(self._decoder.candidates(outputs, options)))
+        clock.time("nms", lambda: self._decoder.suppressed(rows, options))
         return clock.times
 
     def _letterbox(self, frames: Sequence[Image]) -> None:
         for frame, out in zip(frames, self._input, strict=False):
             size = (frame.shape[0], frame.shape[1])
             Letterbox.fit(size, self._session.header.imgsz).to_input(frame, out)
-
-    def _suppressed(self, rows: Sequence[npt.NDArray[np.float32]], options: NmsOptions) -> list[Boxes]:
-        """NMS of every picture."""
-        return [non_max_suppression(candidates, options, self._mask_count) for candidates in rows]
 
 
 class _GpuStages(_Stages):

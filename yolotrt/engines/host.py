@@ -7,7 +7,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -27,6 +27,7 @@ class HostDecoder:
         model = header.model
         self._mask_count = header.outputs[-1].shape[1] if model.task == "segment" else 0
         self._network_size = header.imgsz
+        self._levels = len(model.strides)
         self._yolo_layer = YoloLayer(model.anchors, model.strides, len(model.names), self._mask_count)
 
     def boxes(self, outputs: Sequence[Float], options: NmsOptions) -> list[Boxes]:
@@ -40,13 +41,19 @@ class HostDecoder:
         Returns:
             Per picture its boxes in network-input pixels, best first.
         """
-        levels = len(self._yolo_layer.strides)
-        rows = self._yolo_layer.candidates(outputs[:levels], options.confidence)
-        found = [non_max_suppression(candidates, options, self._mask_count) for candidates in rows]
+        found = self.suppressed(self.candidates(outputs, options), options)
         if not self._mask_count:
             return found
-        (prototypes,) = outputs[levels:]
+        (prototypes,) = outputs[self._levels :]
         return [with_masks(boxes, planes, self._network_size) for boxes, planes in zip(found, prototypes, strict=True)]
+
+    def candidates(self, outputs: Sequence[Float], options: NmsOptions) -> Iterator[Float]:
+        """YoloLayer alone: the rows of each picture that are confident enough; `outputs` as for `boxes`."""
+        return self._yolo_layer.candidates(outputs[: self._levels], options.confidence)
+
+    def suppressed(self, rows: Iterable[Float], options: NmsOptions) -> list[Boxes]:
+        """NMS alone, of what `candidates` gives."""
+        return [non_max_suppression(candidates, options, self._mask_count) for candidates in rows]
 
 
 @dataclass
