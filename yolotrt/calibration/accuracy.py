@@ -121,9 +121,10 @@ def keep_until_accurate(
             found[row] = accuracy.of_int8(Quantization(scales, (*keep, row)), placement)
             if found[row] >= aim:
                 return (*keep, row)
-        row = max(found, key=lambda row: found[row], default="")
-        if found.get(row, 0.0) <= best:
+        better = [row for row in candidates if found[row] > best]
+        if not better:
             break
+        row = max(better, key=lambda row: found[row])
         keep, best = (*keep, row), found[row]
         candidates.remove(row)
     _log.warning(

@@ -82,7 +82,7 @@ class EngineSession(Session, Generic[_Lane]):
     def _compute_at_first(self, picture: Frame, options: NmsOptions, batches: int) -> None:
         """The smallest and the largest batch, as contexts and graphs are for one size; each under way takes a lane."""
         low, _, high = self.header.batch_range
-        for frames in [picture] * low, *([[picture] * high] if high > low else []):
+        for frames in ([picture] * count for count in sorted({low, high})):
             if self.header.model.task == "classify":
                 self.classify(frames)
             else:

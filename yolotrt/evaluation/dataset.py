@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from yolotrt.errors import BackendUnavailableError, InputError
 from yolotrt.files import require_file
-from yolotrt.media.sources import PICTURE_SUFFIXES, is_dangling
+from yolotrt.media.sources import PICTURE_SUFFIXES, is_file_or_broken_link
 
 Float = npt.NDArray[np.float64]
 Index = npt.NDArray[np.int64]
@@ -390,8 +390,7 @@ def _expand(place: Path, data: Path) -> Iterator[Path]:
 
 
 def _is_picture(path: Path) -> bool:
-    """Whether it has a picture's suffix and is a file, or a link that leads nowhere, which is named when it is read."""
-    return path.suffix.lower() in PICTURE_SUFFIXES and (path.is_file() or is_dangling(path))
+    return path.suffix.lower() in PICTURE_SUFFIXES and is_file_or_broken_link(path)
 
 
 class _CocoReader:

@@ -163,17 +163,14 @@ def _glob(pattern: Path) -> list[Path]:
 
 
 def _media(paths: Iterable[Path]) -> list[Path]:
-    """Those that are files with a picture's or video's suffix, in natural order.
-
-    A link that leads nowhere is one of them: when it is read, it is named, and not passed over in silence.
-    """
-    found = (path for path in paths if path.suffix.lower() in MEDIA_SUFFIXES and (path.is_file() or is_dangling(path)))
+    """Those that are files with a picture's or video's suffix, in natural order."""
+    found = (path for path in paths if path.suffix.lower() in MEDIA_SUFFIXES and is_file_or_broken_link(path))
     return sorted(found, key=_natural_key)
 
 
-def is_dangling(path: Path) -> bool:
-    """Whether the path is a link to something that does not exist."""
-    return path.is_symlink() and not path.exists()
+def is_file_or_broken_link(path: Path) -> bool:
+    """Whether it is a file, or a link that leads nowhere: that is named when it is read, not passed over in silence."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def _natural_key(path: Path) -> tuple[list[list[str | int]], str]:
