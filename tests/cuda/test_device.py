@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from yolotrt.cuda import device as device_module
-from yolotrt.cuda.device import LIBRARY_VARIABLE, CupyDevice, PycudaDevice, find_device
+from yolotrt.cuda.device import LIBRARY_VARIABLE, CupyDevice, Lines, PycudaDevice, find_device
 from yolotrt.errors import BackendUnavailableError, InputError
 
 
@@ -377,3 +377,44 @@ def test_pycudas_capture_ends_and_leaves_no_graph_whatever_happens():
     with pytest.raises(CudaError, match="cannot be captured"):
         calls.capture(7, fail)
     assert driver.calls == [*begun, "cuGraphDestroy"]
+
+
+LINES = Lines(5760, 17280, 360)
+
+
+def test_cupy_copies_lines_side_by_side(libraries):
+    cupy = FakeCupy()
+    cupy.cuda.runtime.memcpyHostToDevice = 1
+    cupy.cuda.runtime.memcpy2DAsync = lambda *arguments: cupy.calls.append(arguments)
+    libraries(cupy, None)
+    find_device().upload_lines(4096, 512, LINES, Stream())
+    assert cupy.calls == [(4096, 5760, 512, 17280, 5760, 360, 1, Stream.ptr)]
+
+
+def test_pycuda_copies_lines_side_by_side():
+    calls = object.__new__(device_module._DriverCalls)
+    copies = []
+
+    class Driver:
+        @staticmethod
+        def cuMemcpy2DAsync_v2(copy, stream):  # noqa: N802 - the driver's own name
+            wanted = copy._obj
+            copies.append({name: getattr(wanted, name) for name, _ in wanted._fields_ if getattr(wanted, name)})
+            copies.append(stream.value)
+            return 0
+
+    calls._driver = Driver
+    calls.upload_lines(4096, 512, LINES, 7)
+    source = {"srcMemoryType": 1, "srcHost": 512, "srcPitch": 17280}
+    target = {"dstMemoryType": 2, "dstDevice": 4096, "dstPitch": 5760}
+    assert copies == [{**source, **target, "WidthInBytes": 5760, "Height": 360}, 7]
+    offsets = [getattr(device_module._Copy2D, name).offset for name, _ in device_module._Copy2D._fields_]
+    # CUDA_MEMCPY2D in cuda.h, on 64 bits: the memory types are ints with four bytes of padding
+    assert offsets == [8 * index for index in range(16)]
+
+
+@pytest.mark.parametrize("happened", [True, False])
+def test_both_libraries_tell_whether_an_event_has_happened(libraries, happened):
+    libraries(FakeCupy(), FakePycuda())
+    assert find_device(library="cupy").has_happened(types.SimpleNamespace(done=happened)) is happened
+    assert find_device(library="pycuda").has_happened(types.SimpleNamespace(query=lambda: happened)) is happened

@@ -29,7 +29,7 @@ import numpy as np
 import onnxruntime
 
 from tests.kernels.host_device import HostDevice
-from yolotrt.cuda.device import GpuDevice, Graph, Memory
+from yolotrt.cuda.device import GpuDevice, Graph, Lines, Memory
 from yolotrt.cuda.kernels import _PLAN, BEST_VALUES, YoloLayerKernel
 from yolotrt.engines.base import KERNEL, PLUGIN
 from yolotrt.engines.file import EngineFile, TensorInfo
@@ -217,6 +217,12 @@ class HostGpuDevice(GpuDevice):
         while not event.has_happened:
             event.stream.queue.popleft()()
 
+    def has_happened(self, event: HostEvent) -> bool:
+        self._check("has_happened", in_capture=False)
+        if event.stream.queue and not event.has_happened:
+            event.stream.queue.popleft()()  # the GPU computes while the thread sleeps
+        return event.has_happened
+
     def elapsed_ms(self, first: HostEvent, second: HostEvent) -> float:
         return (second.time - first.time) * 1e3
 
@@ -234,6 +240,19 @@ class HostGpuDevice(GpuDevice):
         else:  # the driver has read ordinary memory when it returns
             content = source.tobytes()
             stream.enqueue(lambda: ctypes.memmove(target, content, size))
+
+    def upload_lines(self, target: int, source: int, lines: Lines, stream: HostStream) -> None:
+        self._check("upload_lines")
+        extent = (lines.count - 1) * lines.pitch + lines.size
+
+        def work() -> None:
+            self._require(self.page_locked_memory, source, extent)
+            self._require(self.device_memory, target, lines.count * lines.size)
+            self.calls["upload_lines"] += 1
+            for line in range(lines.count):
+                ctypes.memmove(target + line * lines.size, source + line * lines.pitch, lines.size)
+
+        stream.enqueue(work)
 
     def download(self, target: np.ndarray, source: int, stream: HostStream) -> None:
         self._check("download")

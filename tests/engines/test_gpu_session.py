@@ -15,7 +15,8 @@ from tests.engines.host_gpu import FREED, FakeTensorRt, HostGpuDevice, HostGpuEr
 from tests.kernels.comparisons import crops_error
 from tests.reference import all_weights
 from yolotrt import BuildOptions, build_engine
-from yolotrt.cuda.kernels import MaskLayout, NmsLayout
+from yolotrt.cuda.kernels import MaskLayout, NmsLayout, needed_lines
+from yolotrt.engines import gpu_engine as gpu_engine_module
 from yolotrt.engines import gpu_session
 from yolotrt.engines.base import Session
 from yolotrt.engines.build import open_session
@@ -429,6 +430,69 @@ def test_frames_on_the_host_cost_the_bus_only_the_needed_rows(tiny_engine, trt, 
         assert slot._staging.size == 0
         session.detect([frame(0, (192, 192))], OPTIONS)
         assert slot._staging.size == 64 * 192 * 3
+
+
+@pytest.mark.parametrize("first", [1, 99], ids=["commands", "kernel"])
+@pytest.mark.parametrize("kind", ["borrowed", "ordinary"])
+def test_copy_commands_bring_what_the_kernel_brings(tiny_dynamic_engine, trt, device, monkeypatch, first, kind):
+    monkeypatch.setattr(gpu_session, "COMMANDS_FROM", first)
+    wanted = expected(tiny_dynamic_engine, [frame(seed) for seed in range(len(SIZES))])
+    regular = 0
+    with GpuSession.open(trt, gpu_engine(tiny_dynamic_engine), device) as session:
+        for seeds in ([0, 1, 2], [7, 3], [2, 0, 4], [5, 6, 7], [7], [1, 7, 0]):
+            frames = [frame(seed) for seed in seeds]
+            if kind == "borrowed":
+                frames = [borrowed(session, pixels) for pixels in frames]
+            assert_same(session.detect(frames, OPTIONS), [wanted[seed] for seed in seeds])
+            sizes = [pixels.shape[:2] for pixels in frames]
+            regular += sum(kind == "ordinary" or needed_lines(size, (64, 64)) is not None for size in sizes)
+    assert device.calls["upload_lines"] == (regular if first == 1 else 0)
+    assert kind == "ordinary" or regular < 15  # some frames need the kernel even so
+
+
+def test_a_single_frame_needs_no_copy_command(tiny_dynamic_engine, trt, device):
+    with GpuSession.open(trt, gpu_engine(tiny_dynamic_engine), device) as session:
+        session.detect([borrowed(session, frame(0))], OPTIONS)
+        assert device.calls["upload_lines"] == 0
+        session.detect([borrowed(session, frame(0))] * 2, OPTIONS)
+        assert device.calls["upload_lines"] == 2
+
+
+def test_a_batch_that_is_refused_leaves_no_copy_command_under_way(tiny_dynamic_engine, trt, device):
+    wanted = expected(tiny_dynamic_engine, [frame(0), frame(1)])
+    with GpuSession.open(trt, gpu_engine(tiny_dynamic_engine), device) as session:
+        pixels = borrowed(session, frame(0))
+        with pytest.raises((InputError, ImageError)):
+            session.submit([pixels, "no frame"], OPTIONS)
+        assert not any(stream.queue for stream in device.streams.values())
+        pixels[:] = 0  # the caller's again
+        assert_same(session.detect([borrowed(session, frame(seed)) for seed in range(2)], OPTIONS), wanted)
+
+
+def test_copy_commands_are_timed_with_the_upload(tiny_dynamic_engine, trt, device):
+    with GpuSession.open(trt, gpu_engine(tiny_dynamic_engine), device) as session:
+        frames = [borrowed(session, frame(0)), borrowed(session, frame(7))]
+        times = session.profile(frames, OPTIONS, repeats=3)
+        # placed once; then each graph twice a repeat, of the upload and of the whole
+        assert device.calls["upload_lines"] == len(frames) * (1 + 2 * 2 * 3)
+    assert len(times["upload"]) == len(times["whole"]) == 3
+
+
+@pytest.mark.parametrize(("naps", "woken"), [(10_000, False), (0, True)], ids=["short", "long"])
+def test_a_short_wait_needs_no_driver_to_wake(tiny_engine, trt, device, monkeypatch, naps, woken):
+    monkeypatch.setattr(gpu_engine_module, "NAPS", naps)
+    monkeypatch.setattr(gpu_engine_module, "NAP", 0)
+    wanted = expected(tiny_engine, [frame(0)])
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        pending = session.submit([frame(0)], OPTIONS)
+        device.failing["wait"] = HostGpuError("woken")
+        if woken:
+            with pytest.raises(InferenceError, match="woken"):
+                pending.result()
+            del device.failing["wait"]
+        else:
+            assert_same(pending.result(), wanted)
+            del device.failing["wait"]
 
 
 # --- several batches under way ---------------------------------------------------------------------------------------

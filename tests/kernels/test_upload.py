@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from comparisons import copied_differences, letterbox_case, picture, uploaded_letterbox_differences
 
-from yolotrt.cuda.kernels import _PLAN, CopyKernel, LetterboxKernel, NeededRows, UploadKernel, needed_rows, upload_bytes
+from yolotrt.cuda.device import Lines
+from yolotrt.cuda.kernels import (
+    _PLAN,
+    CopyKernel,
+    LetterboxKernel,
+    NeededRows,
+    UploadKernel,
+    needed_lines,
+    needed_rows,
+    upload_bytes,
+)
 
 NETWORK = (64, 64)
 BEHIND = 64
@@ -141,6 +151,42 @@ def test_a_full_hd_frame_costs_the_bus_a_third(machine):
     gathered = kernel.upload_plan((1080, 1920), 0, 0, gathered=True)[: _PLAN.itemsize].view(_PLAN)[0]
     assert int(gathered["row_count"]) * int(gathered["row_bytes"]) == 360 * 5760 == 1080 * 5760 // 3
     np.testing.assert_array_equal(kernel.needed_rows((1080, 1920)).numbers, np.arange(360) * 3 + 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "before", "lines"),
+    [
+        ((1080, 1920), 1, Lines(1, 3, 360)),
+        ((2160, 3840), 2, Lines(2, 6, 360)),
+        ((1440, 2560), 1, Lines(2, 4, 360)),
+        ((3200, 3200), 2, Lines(1, 5, 640)),
+        ((720, 1280), 0, Lines(720, 720, 1)),
+        ((100, 100), 0, Lines(100, 100, 1)),
+    ],
+)
+def test_rows_of_common_frames_are_lines_for_a_copy_command(size, before, lines):
+    assert needed_rows(size, (640, 640)).lines == (before, lines)
+    row_bytes = 3 * size[1]
+    in_bytes = Lines(lines.size * row_bytes, lines.pitch * row_bytes, lines.count)
+    assert needed_lines(size, (640, 640)) == (before * row_bytes, in_bytes)
+
+
+def test_lines_are_the_needed_rows_or_none():
+    rng = np.random.default_rng(5)
+    found = {True: 0, False: 0}
+    for _ in range(500):
+        source, scaled = int(rng.integers(1, 900)), int(rng.integers(1, 200))
+        needed = NeededRows.of(source, scaled)
+        found[needed.lines is None] += 1
+        if needed.lines is None:
+            continue
+        before, lines = needed.lines
+        rows = before + lines.pitch * np.arange(lines.count)[:, None] + np.arange(lines.size)
+        numbers = np.arange(source) if needed.numbers is None else needed.numbers
+        np.testing.assert_array_equal(rows.ravel(), numbers, f"{source} to {scaled}")
+        assert 0 < lines.size <= lines.pitch
+        assert rows.max() < source
+    assert min(found.values()) > 50
 
 
 def test_needed_rows_are_the_rows_with_weight():

@@ -15,7 +15,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,21 @@ class Memory:
     address: int
     size: int
     owner: Any
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Equally long pieces of memory at equal distances.
+
+    Attributes:
+        size: Bytes of a line.
+        pitch: Bytes from the beginning of one line to that of the next.
+        count: Number of lines.
+    """
+
+    size: int
+    pitch: int
+    count: int
 
 
 class Graph(abc.ABC):
@@ -130,6 +145,10 @@ class GpuDevice(abc.ABC):
         """Wait on the host until the event has happened."""
 
     @abc.abstractmethod
+    def has_happened(self, event: Any) -> bool:
+        """Whether the event has happened."""
+
+    @abc.abstractmethod
     def elapsed_ms(self, first: Any, second: Any) -> float:
         """Milliseconds between two events that have happened."""
 
@@ -140,6 +159,17 @@ class GpuDevice(abc.ABC):
     @abc.abstractmethod
     def upload(self, target: int, source: npt.NDArray[Any], stream: Any) -> None:
         """Enqueue a copy of a C-contiguous array to device memory."""
+
+    @abc.abstractmethod
+    def upload_lines(self, target: int, source: int, lines: Lines, stream: Any) -> None:
+        """Enqueue a copy command for lines of page-locked memory, which then lie side by side in device memory.
+
+        Args:
+            target: Device address.
+            source: Host address of the first line, in memory of `page_locked`.
+            lines: Which bytes.
+            stream: Where to enqueue.
+        """
 
     @abc.abstractmethod
     def download(self, target: npt.NDArray[Any], source: int, stream: Any) -> None:
@@ -261,6 +291,10 @@ class CupyDevice(GpuDevice):
         """See `GpuDevice.wait`."""
         event.synchronize()
 
+    def has_happened(self, event: Any) -> bool:
+        """See `GpuDevice.has_happened`."""
+        return bool(event.done)
+
     def elapsed_ms(self, first: Any, second: Any) -> float:
         """See `GpuDevice.elapsed_ms`."""
         return float(self._cupy.cuda.get_elapsed_time(first, second))
@@ -275,6 +309,11 @@ class CupyDevice(GpuDevice):
         """See `GpuDevice.upload`."""
         kind = self._runtime.memcpyHostToDevice
         self._runtime.memcpyAsync(target, source.ctypes.data, source.nbytes, kind, stream.ptr)
+
+    def upload_lines(self, target: int, source: int, lines: Lines, stream: Any) -> None:
+        """See `GpuDevice.upload_lines`."""
+        kind, size = self._runtime.memcpyHostToDevice, lines.size
+        self._runtime.memcpy2DAsync(target, size, source, lines.pitch, size, lines.count, kind, stream.ptr)
 
     def download(self, target: npt.NDArray[Any], source: int, stream: Any) -> None:
         """See `GpuDevice.download`."""
@@ -418,6 +457,10 @@ class PycudaDevice(GpuDevice):
         """See `GpuDevice.wait`."""
         event.synchronize()
 
+    def has_happened(self, event: Any) -> bool:
+        """See `GpuDevice.has_happened`."""
+        return bool(event.query())
+
     def elapsed_ms(self, first: Any, second: Any) -> float:
         """See `GpuDevice.elapsed_ms`."""
         return float(second.time_since(first))
@@ -429,6 +472,10 @@ class PycudaDevice(GpuDevice):
     def upload(self, target: int, source: npt.NDArray[Any], stream: Any) -> None:
         """See `GpuDevice.upload`."""
         self._driver.memcpy_htod_async(target, source, stream)
+
+    def upload_lines(self, target: int, source: int, lines: Lines, stream: Any) -> None:
+        """See `GpuDevice.upload_lines`."""
+        self._calls.upload_lines(target, source, lines, self.handle(stream))
 
     def download(self, target: npt.NDArray[Any], source: int, stream: Any) -> None:
         """See `GpuDevice.download`."""
@@ -468,14 +515,33 @@ class _DriverError(Exception):
     """The driver's name of an error."""
 
 
+class _Copy2D(ctypes.Structure):
+    """`CUDA_MEMCPY2D` (CUDA Driver API)."""
+
+    _fields_: ClassVar = [
+        (f"{end}{name}", kind)
+        for end in ("src", "dst")
+        for name, kind in (
+            ("XInBytes", ctypes.c_size_t),
+            ("Y", ctypes.c_size_t),
+            ("MemoryType", ctypes.c_uint),
+            ("Host", ctypes.c_void_p),
+            ("Device", ctypes.c_ulonglong),
+            ("Array", ctypes.c_void_p),
+            ("Pitch", ctypes.c_size_t),
+        )
+    ] + [("WidthInBytes", ctypes.c_size_t), ("Height", ctypes.c_size_t)]
+
+
 class _DriverCalls:
-    """Functions of the CUDA driver that PyCUDA does not wrap (CUDA Driver API: graphs, events, streams).
+    """Functions of the CUDA driver that PyCUDA does not wrap as we need them (CUDA Driver API).
 
     All work in the current context.
     """
 
     _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
     _DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
+    _HOST, _DEVICE = 1, 2  # CU_MEMORYTYPE_HOST, CU_MEMORYTYPE_DEVICE
 
     def __init__(self) -> None:
         self._driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
@@ -511,6 +577,19 @@ class _DriverCalls:
             self._call("cuStreamWaitEvent", ctypes.c_void_p(stream), event, 0)
         finally:
             self._driver.cuEventDestroy_v2(event)  # the driver keeps it until it has happened
+
+    def upload_lines(self, target: int, source: int, lines: Lines, stream: int) -> None:
+        copy = _Copy2D(
+            srcMemoryType=self._HOST,
+            srcHost=source,
+            srcPitch=lines.pitch,
+            dstMemoryType=self._DEVICE,
+            dstDevice=target,
+            dstPitch=lines.size,
+            WidthInBytes=lines.size,
+            Height=lines.count,
+        )
+        self._call("cuMemcpy2DAsync_v2", ctypes.byref(copy), ctypes.c_void_p(stream))
 
     def _call(self, function: str, *arguments: Any) -> None:
         """Call the driver; raises _DriverError if it fails."""

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from yolotrt.cuda.compile import Defines
+from yolotrt.cuda.device import Lines
 from yolotrt.errors import InputError
 from yolotrt.postprocess import BOX_VALUES, Boxes, MaskCrop, NmsOptions
 from yolotrt.preprocess import Letterbox
@@ -137,6 +138,40 @@ class NeededRows:
         taps["first"] = np.arange(scaled) * each
         return cls(each * scaled, np.clip(numbers, 0, source - 1).ravel(), taps)
 
+    @functools.cached_property
+    def lines(self) -> tuple[int, Lines] | None:
+        """The same as equally long lines at equal distances, counted in rows, which a copy command can fetch.
+
+        Rows before the first line, and the lines; None if the rows are not that regular.
+        """
+        if self.numbers is None:
+            return 0, Lines(self.count, self.count, 1)
+        first = self.numbers[0]
+        steps = np.diff(self.numbers)
+        each = 1 + int(np.argmax(steps != 1)) if (steps != 1).any() else self.count  # neighbours in a line
+        if self.count % each:
+            return None
+        starts = self.numbers[::each]
+        apart = int(starts[1] - starts[0]) if len(starts) > 1 else each
+        regular = first + apart * np.arange(len(starts))[:, None] + np.arange(each)
+        if apart < each or not np.array_equal(self.numbers, regular.ravel()):
+            return None
+        return int(first), Lines(each, apart, len(starts))
+
+
+@functools.lru_cache(maxsize=64)
+def needed_lines(source_size: tuple[int, int], network_size: tuple[int, int]) -> tuple[int, Lines] | None:
+    """What of a frame without gaps between its rows a copy command has to fetch.
+
+    Returns:
+        Bytes before the first line, and the lines; None if its needed rows are not regular.
+    """
+    in_rows = needed_rows(source_size, network_size).lines
+    if in_rows is None:
+        return None
+    row_bytes, (before, lines) = _CHANNELS * source_size[1], in_rows
+    return before * row_bytes, Lines(lines.size * row_bytes, lines.pitch * row_bytes, lines.count)
+
 
 @functools.lru_cache(maxsize=64)
 def needed_rows(source_size: tuple[int, int], network_size: tuple[int, int]) -> NeededRows:
@@ -164,6 +199,10 @@ class LetterboxKernel:
     def needed_rows(self, source_size: tuple[int, int]) -> NeededRows:
         """What of a frame (height, width) the letterbox reads."""
         return needed_rows(source_size, self.network_size)
+
+    def needed_lines(self, source_size: tuple[int, int]) -> tuple[int, Lines] | None:
+        """The same for a copy command; see `needed_lines`."""
+        return needed_lines(source_size, self.network_size)
 
     def plan(self, source_size: tuple[int, int], pixels: int, pitch: int) -> Bytes:
         """Everything that the kernel needs to know of one frame in device memory.
@@ -199,6 +238,10 @@ class LetterboxKernel:
         """
         return self._plan(source_size, "gathered" if gathered else "needed", pixels=pixels, source=source)
 
+    def uploaded_plan(self, source_size: tuple[int, int], pixels: int) -> Bytes:
+        """The same for a frame whose needed rows come to `pixels`, side by side, in another way."""
+        return self._plan(source_size, "uploaded", pixels=pixels)
+
     @staticmethod
     def header(plan: Bytes) -> npt.NDArray[np.void]:
         """A view of a plan, whose ``pixels``, ``source`` and ``pitch`` may change for a frame of the same size."""
@@ -221,12 +264,16 @@ class LetterboxKernel:
         return plan
 
 
-_PlanKind = Literal["whole", "needed", "gathered"]
+_PlanKind = Literal["whole", "needed", "gathered", "uploaded"]
 
 
 @functools.lru_cache(maxsize=64)
 def _plan_without_addresses(source_size: tuple[int, int], network_size: tuple[int, int], kind: _PlanKind) -> bytes:
-    """A plan for a frame of which all rows, the needed rows, or nothing else than these are there."""
+    """A plan without addresses.
+
+    The frame is on the device (``whole``), or its needed rows are to be fetched from among all (``needed``) or from
+    where nothing else is (``gathered``), or they come to the device in another way (``uploaded``).
+    """
     fit = Letterbox.fit(source_size, network_size)
     row_bytes = _CHANNELS * source_size[1]
     needed = (
@@ -243,7 +290,7 @@ def _plan_without_addresses(source_size: tuple[int, int], network_size: tuple[in
     if numbers is not None:
         header["is_listed"] = 1
         header["source_pitch"], header["row_bytes"], header["row_count"] = row_bytes, row_bytes, needed.count
-    elif kind != "whole":  # one long row, in the largest units whatever the width
+    elif kind in {"needed", "gathered"}:  # one long row, in the largest units whatever the width
         header["row_bytes"], header["row_count"] = upload_bytes(row_bytes * needed.count), 1
     columns = resize_taps(source_size[1], fit.scaled_size[1], clamp=True)
     columns["first"] *= _CHANNELS

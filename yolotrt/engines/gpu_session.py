@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from yolotrt.cuda.device import Bytes, GpuDevice, Graph, Memory
+from yolotrt.cuda.device import Bytes, GpuDevice, Graph, Lines, Memory
 from yolotrt.cuda.interop import DevicePixels, device_pixels
 from yolotrt.cuda.kernels import (
     BEST_VALUES,
@@ -48,8 +48,11 @@ from yolotrt.engines.trt_engine import TrtEngine
 from yolotrt.errors import InferenceError, InputError
 from yolotrt.postprocess import Boxes, NmsOptions, raw_threshold
 
-LANES = 3
-"""Two batches on the GPU, and one whose result the host takes."""
+LANES = 4
+"""Two batches that are computed, one whose frames are fetched, and one whose result the host takes."""
+COMMANDS_FROM = 2
+"""From so many frames on, copy commands fetch a batch before its graph begins; of a single frame a kernel in the graph
+does it sooner (docs/benchmarks.md)."""
 _CHANNELS = 3
 
 _log = logging.getLogger(__name__)
@@ -139,8 +142,9 @@ class GpuSession(EngineSession["_Lane"]):
         self._require_open()
         with self._on_device():
             lane = self._idle_lane()
+            lane.use(options)
             owners = lane.place(frames)
-            times = lane.profile(len(frames), options, repeats)
+            times = lane.profile(len(frames), repeats)
         del owners  # the GPU has read the frames
         return times
 
@@ -177,9 +181,10 @@ class GpuSession(EngineSession["_Lane"]):
     def _start(self, lane: _Lane, frames: Sequence[Frame], options: NmsOptions) -> _GpuPending:
         """Start a batch in a lane that has none."""
         began = time.perf_counter()
+        lane.use(options)  # which may be refused, before any frame is read
         owners = lane.place(frames)
         placed = time.perf_counter()
-        lane.start(len(frames), options)
+        lane.start(len(frames))
         lane.started_at = self.timing.pictures
         pending = lane.pending = _GpuPending(self, lane, owners)
         self.timing.preprocess_ms += (placed - began) * 1e3
@@ -293,6 +298,17 @@ class _Lane:
         """The batch size that the engine runs for `count` frames."""
         return max(count, self._low)
 
+    def use(self, options: NmsOptions) -> None:
+        """Use other options. All or nothing: what graphs refer to stays if memory runs out."""
+        if options is self._nms.options or options == self._nms.options:
+            return
+        masks = None
+        if self._has_masks and self._yololayer is not None:
+            masks = _Masks(self._engine, self._run.tensors, self._yololayer, options.max_detections)
+        self._nms.set_options(options)
+        self._masks = masks
+        self._run.forget_graphs()
+
     def place(self, frames: Sequence[Frame]) -> list[Any]:
         """Say in the plans where the frames are, copying those that are in ordinary memory.
 
@@ -300,22 +316,26 @@ class _Lane:
             What must stay alive until the GPU has read the frames.
         """
         makers: set[int] = set()
-        owners = [
-            self._place_host_frame(slot, frame)
-            if isinstance(frame, np.ndarray)
-            else self._place_device_frame(slot, frame, makers)
-            for slot, frame in zip(self._slots, frames, strict=False)
-        ]
-        for stream in makers:  # once for all frames that it makes
-            self._device.wait_for_stream(self._stream, stream)
+        by_command = len(frames) >= COMMANDS_FROM
+        try:
+            owners = [
+                self._place_host_frame(slot, frame, by_command=by_command)
+                if isinstance(frame, np.ndarray)
+                else self._place_device_frame(slot, frame, makers)
+                for slot, frame in zip(self._slots, frames, strict=False)
+            ]
+            for stream in makers:  # once for all frames that it makes
+                self._device.wait_for_stream(self._stream, stream)
+        except BaseException:
+            self._device.synchronize(self._stream)  # what earlier frames' commands read may change at once
+            raise
         for slot in self._slots[len(frames) : self._low]:  # what a static batch is filled up with
             slot.clear()
         return owners
 
-    def start(self, count: int, options: NmsOptions) -> None:
+    def start(self, count: int) -> None:
         """Enqueue a batch whose frames are placed; nothing of it is under way if this fails."""
         batch = self.batch_for(count)
-        self._set_options(options)
         self._run.start(batch, lambda: self._enqueue(batch))
         self._started = count, batch
 
@@ -356,13 +376,23 @@ class _Lane:
         self._enqueue_upload(self.batch_for(count))
         self._enqueue_letterbox(self.batch_for(count))
 
-    def profile(self, count: int, options: NmsOptions, repeats: int) -> dict[str, list[float]]:
+    def profile(self, count: int, repeats: int) -> dict[str, list[float]]:
         """See `GpuSession.profile`."""
         batch = self.batch_for(count)
-        self._set_options(options)
         self._enqueue(batch)
+        stages = self._stages(batch)
+        upload = stages["upload"]
+
+        def upload_with_commands() -> None:
+            self._enqueue_commands(batch)
+            upload()
+
+        def whole() -> None:
+            self._enqueue_commands(batch)
+            self._enqueue(batch)
+
         times = {}
-        for name, enqueue in {**self._stages(batch), "whole": lambda: self._enqueue(batch)}.items():
+        for name, enqueue in {**stages, "upload": upload_with_commands, "whole": whole}.items():
             graph = self._run.captured(enqueue)
             times[name] = [self._time(graph) for _ in range(repeats)]
         return times
@@ -373,17 +403,6 @@ class _Lane:
             self._run.close()
         finally:
             self.pending = None  # its frames were read until now
-
-    def _set_options(self, options: NmsOptions) -> None:
-        """Use other options. All or nothing: what graphs refer to stays if memory runs out."""
-        if options is self._nms.options or options == self._nms.options:
-            return
-        masks = None
-        if self._has_masks and self._yololayer is not None:
-            masks = _Masks(self._engine, self._run.tensors, self._yololayer, options.max_detections)
-        self._nms.set_options(options)
-        self._masks = masks
-        self._run.forget_graphs()
 
     def _time(self, graph: Graph) -> float:
         """Milliseconds that a graph takes; it is launched twice, so that no launch is waited for."""
@@ -415,6 +434,11 @@ class _Lane:
             stages["masks"] = lambda: masks.enqueue(batch, self._stream)
         return stages
 
+    def _enqueue_commands(self, batch: int) -> None:
+        """Copy again what copy commands brought."""
+        for slot in self._slots[:batch]:
+            slot.enqueue_command(self._stream)
+
     def _enqueue_upload(self, batch: int) -> None:
         plans, plan_bytes = self._plans, self._letterbox.plan_bytes
         self._copy.launch(plans.device.address, plans.memory.ctypes.data, batch * plan_bytes, self._stream)
@@ -423,13 +447,14 @@ class _Lane:
     def _enqueue_letterbox(self, batch: int) -> None:
         self._letterbox.launch(self._plans.device.address, self._images.address, batch, self._stream)
 
-    def _place_host_frame(self, slot: _Slot, frame: npt.NDArray[np.uint8]) -> Any:
+    def _place_host_frame(self, slot: _Slot, frame: npt.NDArray[np.uint8], *, by_command: bool) -> Any:
         address = frame.__array_interface__["data"][0]
         owner = self._lent.get(address)
         if owner is not None and frame.flags.c_contiguous and owner.nbytes >= upload_bytes(frame.nbytes):
-            slot.fetch(_size(frame), address)
+            slot.fetch(_size(frame), address, by_command=by_command)
         else:
-            slot.copy(frame)
+            slot.copy(frame, by_command=by_command)
+        slot.enqueue_command(self._stream)
         return owner
 
     def _place_device_frame(self, slot: _Slot, frame: Frame, makers: set[int]) -> Any:
@@ -466,30 +491,39 @@ class _Slot:
         self._plan = plan
         self._header = letterbox.header(plan)
         self._written: tuple[Any, ...] | None = None  # what the plan is for, but for addresses
+        self._source = 0
         self._pixels = Memory(0, 0, None)
         self._staging = np.empty(0, np.uint8)
+        self._command: tuple[int, Lines] | None = None  # source and lines, if a copy command is to fetch them
 
-    def fetch(self, size: tuple[int, int], address: int) -> None:
-        """The GPU fetches the frame from page-locked memory."""
-        self._write_upload(size, address, gathered=False)
+    def fetch(self, size: tuple[int, int], address: int, *, by_command: bool) -> None:
+        """The GPU fetches the frame from page-locked memory: by a copy command if its rows allow, or by the kernel."""
+        self._write_upload(size, address, self._letterbox.needed_lines(size) if by_command else None, gathered=False)
 
-    def copy(self, frame: npt.NDArray[np.uint8]) -> None:
-        """Copy the rows that are needed to page-locked memory, from which the GPU fetches them."""
+    def copy(self, frame: npt.NDArray[np.uint8], *, by_command: bool) -> None:
+        """Copy the rows that are needed to page-locked memory, from which the GPU fetches them; see `fetch`."""
         height, width = _size(frame)
         rows = self._letterbox.needed_rows((height, width))
         size = rows.count * width * _CHANNELS
         if self._staging.size < upload_bytes(size):
             self._staging = self._device.page_locked(upload_bytes(size))
         target = self._staging[:size].reshape(rows.count, -1)
-        lines = frame.reshape(height, -1)
+        all_rows = frame.reshape(height, -1)
         if rows.numbers is None:
-            np.copyto(target, lines)
+            np.copyto(target, all_rows)
         else:
-            np.take(lines, rows.numbers, axis=0, out=target, mode="clip")  # the mode that writes without a buffer
-        self._write_upload((height, width), self._staging.ctypes.data, gathered=True)
+            np.take(all_rows, rows.numbers, axis=0, out=target, mode="clip")  # the mode that writes without a buffer
+        lines = (0, Lines(size, size, 1)) if by_command else None
+        self._write_upload((height, width), self._staging.ctypes.data, lines, gathered=True)
+
+    def enqueue_command(self, stream: Any) -> None:
+        """Enqueue the copy command, if one is to fetch the frame."""
+        if self._command is not None:
+            self._device.upload_lines(self._pixels.address, *self._command, stream)
 
     def point(self, frame: DevicePixels) -> None:
         """Read the frame where it is in device memory."""
+        self._command = None
         kind = "device", frame.size
         if self._written == kind:
             self._header["pixels"], self._header["pitch"] = frame.address, frame.pitch
@@ -499,20 +533,30 @@ class _Slot:
 
     def clear(self) -> None:
         """No frame."""
+        self._command = None
         if self._written is not None:
             self._plan[:] = 0
             self._written = None
 
-    def _write_upload(self, size: tuple[int, int], source: int, *, gathered: bool) -> None:
-        kind = "host", size, gathered
+    def _write_upload(
+        self, size: tuple[int, int], source: int, lines: tuple[int, Lines] | None, *, gathered: bool
+    ) -> None:
+        self._command = None if lines is None else (source + lines[0], lines[1])
+        kind = "host", size, gathered, lines is not None
         if self._written == kind:
-            self._header["source"] = source
+            if source != self._source:
+                self._header["source"] = self._source = source
             return
         room = upload_bytes(self._letterbox.needed_rows(size).count * size[1] * _CHANNELS)
         if self._pixels.size < room:
             self._pixels = self._device.allocate(room)
-        self._plan[:] = self._letterbox.upload_plan(size, self._pixels.address, source, gathered=gathered)
-        self._written = kind
+        pixels = self._pixels.address
+        self._plan[:] = (
+            self._letterbox.upload_plan(size, pixels, source, gathered=gathered)
+            if lines is None
+            else self._letterbox.uploaded_plan(size, pixels)
+        )
+        self._written, self._source = kind, source
 
 
 class _YoloLayer:
