@@ -6,12 +6,13 @@ lack (tests/test_api_lint.py); an attribute that a version lacks raises Attribut
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
@@ -113,17 +114,27 @@ class WeakTensor(recorder.Tensor):
 
     @property
     def dtype(self) -> Any:
-        given = self.forced or recorder.float32  # of an output; as TensorRT has it unless it is told
-        return given if self.is_network_output else recorder.Tensor.dtype.fget(self)
+        if self.is_network_output:  # float32 unless it is told
+            return self.forced or recorder.float32
+        return self.forced or recorder.Tensor.dtype.fget(self)
 
     @dtype.setter
     def dtype(self, value: Any) -> None:
-        assert self.is_network_output, "TensorRT ignores the type of an inner tensor"
+        assert self._is_outer, "TensorRT ignores the type of an inner tensor"
         self.forced = value
+
+    @property
+    def _is_outer(self) -> bool:
+        return self.is_network_output or self.source is None
 
 
 class WeakNetwork(recorder.Network):
     """A network whose layers can be constrained."""
+
+    def add_input(self, *arguments: Any, **named: Any) -> Any:
+        tensor = super().add_input(*arguments, **named)
+        tensor.__class__ = WeakTensor
+        return tensor
 
     def add_quantize(self, x: Any, scale: Any) -> Any:
         assert x.dtype == recorder.float32, "TensorRT 8.6 quantizes float32 alone"
@@ -148,6 +159,20 @@ class WeakNetwork(recorder.Network):
         )
         layer.output.__class__ = WeakTensor
         return layer
+
+
+@contextlib.contextmanager
+def as_defined(network: recorder.Network) -> Iterator[None]:
+    """Inputs have the types again that the layers were added with: what a weakly typed network is told comes on top."""
+    inputs = [tensor for tensor in network.inputs if isinstance(tensor, WeakTensor)]
+    forced = [tensor.forced for tensor in inputs]
+    for tensor in inputs:
+        tensor.forced = None
+    try:
+        yield
+    finally:
+        for tensor, dtype in zip(inputs, forced, strict=True):
+            tensor.forced = dtype
 
 
 class _Library:
@@ -176,7 +201,9 @@ class _Library:
         weak, has_libraries = self.major < 11, self.major < 11
         creation = {8: "EXPLICIT_BATCH", 10: "EXPLICIT_BATCH STRONGLY_TYPED", 11: "STRONGLY_TYPED"}[self.major]
         module.NetworkDefinitionCreationFlag = _enum("NetworkDefinitionCreationFlag", creation)
-        flags = "TF32 VERSION_COMPATIBLE" + (" FP16 INT8 OBEY_PRECISION_CONSTRAINTS" if weak else "")
+        flags = "TF32 VERSION_COMPATIBLE" + (
+            " FP16 INT8 OBEY_PRECISION_CONSTRAINTS PREFER_PRECISION_CONSTRAINTS" if weak else ""
+        )
         module.BuilderFlag = _enum("BuilderFlag", flags)
         sources = ("CUBLAS CUBLAS_LT CUDNN " if has_libraries else "") + "EDGE_MASK_CONVOLUTIONS JIT_CONVOLUTIONS"
         module.TacticSource = _enum("TacticSource", sources)
@@ -284,7 +311,8 @@ class Builder:
 
     def build_serialized_network(self, network: recorder.Network, config: Config) -> HostMemory | None:
         behaviour = self._library.behaviour
-        recorder.check_network(network, config)
+        with as_defined(network):
+            recorder.check_network(network, config)
         behaviour.configs.append(config)
         behaviour.networks.append(network)
         if self._is_cancelled(getattr(config, "progress_monitor", None)):
@@ -329,9 +357,9 @@ class Builder:
         if self._library.major >= 10:
             is_half = layer.kernel.dtype == recorder.float16
         else:
-            needed = {"FP16", "OBEY_PRECISION_CONSTRAINTS"}
-            half = recorder.float16
-            is_half = layer.precision == half and layer.types == {0: half} and needed <= config.flag_names()
+            half, flags = recorder.float16, config.flag_names()
+            obeyed = "FP16" in flags and {"OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS"} & flags
+            is_half = layer.precision == half and layer.types == {0: half} and obeyed
         return "Half" if is_half else "TF32" if "TF32" in config.flag_names() else "Float"
 
 

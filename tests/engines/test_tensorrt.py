@@ -142,20 +142,25 @@ def int8_options(weights: Weights, keep: tuple[str, ...] = ()) -> CompleteOption
 
 def test_all_convolutions_but_heads_are_int8_and_the_engine_is_asked(trt, tiny, caplog):
     plan = TensorRtBackend().build(tiny, int8_options(tiny))
-    assert plan.findings["convolutions"]["int8"] == 12
+    assert plan.findings["convolutions"]["int8"] == 11
     assert sum(plan.findings["convolutions"].values()) == 14
     assert records(caplog) == []
     kept = TensorRtBackend().build(tiny, int8_options(tiny, ("model.1", "model.2.cv1")))
-    assert kept.findings["convolutions"]["int8"] == 10
+    assert kept.findings["convolutions"]["int8"] == 9
     assert records(caplog) == []  # what is to be in high precision is none to warn of
 
 
-def test_a_weakly_typed_int8_network_is_float32_and_may_use_halves(trt8, tiny):
-    plan = TensorRtBackend().build(tiny, int8_options(tiny))
+def test_a_weakly_typed_int8_network_prefers_halves_where_it_is_not_int8(trt8, tiny):
+    plan = TensorRtBackend().build(tiny, int8_options(tiny, ("model.3",)))
     (network,), (config,) = trt8.behaviour.networks, trt8.behaviour.configs
-    assert {"INT8", "FP16"} <= config.flag_names()
-    assert {layer.precision for layer in network.layers} == {None}
-    assert {tensor.dtype for tensor in (*plan.inputs, *plan.outputs)} == {"float32"}
+    assert {"INT8", "FP16", "PREFER_PRECISION_CONSTRAINTS"} <= config.flag_names()
+    preferred = {layer.name for layer in network.layers if layer.precision is not None}
+    assert preferred == {"model.0.conv", "model.3.conv", "model.7.m.0", "model.7.m.1"}
+    activations = {layer.name for layer in network.layers if layer.kind == "Activation"}
+    assert {"model.0.act.tanh", "model.3.act.tanh", "model.1.act.sigmoid"} <= activations  # SiLU is not fused there
+    assert {layer.precision for layer in network.layers} == {None, recorder.float16}
+    assert {tensor.dtype for tensor in (*plan.inputs, *plan.outputs)} == {"float16"}
+    assert plan.findings["convolutions"] == {"int8": 10, "fp16": 4}
 
 
 def test_a_strongly_typed_int8_network_is_fp16_where_it_is_not_int8(trt10, tiny):
@@ -170,7 +175,7 @@ def test_a_strongly_typed_int8_network_is_fp16_where_it_is_not_int8(trt10, tiny)
 def test_int8_convolutions_that_tensorrt_computes_otherwise_are_named(trt, tiny, caplog):
     trt.behaviour.type_of = lambda name: "Half" if name == "model.1.conv" else None
     TensorRtBackend().build(tiny, int8_options(tiny))
-    assert "1 of 12 convolutions are not int8: model.1.conv (fp16)" in records(caplog)
+    assert "1 of 11 convolutions are not int8: model.1.conv (fp16)" in records(caplog)
 
 
 def test_a_gpu_without_fast_int8_is_refused(trt10, tiny):

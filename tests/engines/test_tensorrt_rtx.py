@@ -83,18 +83,18 @@ CONVOLUTIONS = {"n": 60, "s": 60, "m": 82, "l": 104, "x": 126}
 
 
 @pytest.mark.parametrize("size", "nsmlx")
-def test_all_convolutions_but_the_heads_are_int8_in_every_official_size(rtx, size):
+def test_all_convolutions_but_the_first_and_the_heads_are_int8_in_every_official_size(rtx, size):
     weights = official_weights(size)
     for batch_range in ((1, 1, 1), (1, 4, 8)) if size == "n" else ((1, 4, 8),):
         plan = build_int8(rtx, weights, batch_range=batch_range)
         total = CONVOLUTIONS[size]
-        assert plan.findings == {"convolutions": {"int8": total - 3, "fp16": 3}}
+        assert plan.findings == {"convolutions": {"int8": total - 4, "fp16": 4}}
     assert len(plan.data) < 1.1 * PARAMETERS[size] + 8e6
 
 
 def test_kept_layers_are_not_int8(rtx):
     plan = build_int8(rtx, official_weights("n"), keep=("model.2", "model.9.cv1"))
-    assert plan.findings == {"convolutions": {"int8": 51, "fp16": 9}}
+    assert plan.findings == {"convolutions": {"int8": 50, "fp16": 10}}
 
 
 def test_convolutions_that_the_library_leaves_in_float_are_noticed(rtx, monkeypatch, caplog):

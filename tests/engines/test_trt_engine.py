@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -191,3 +192,19 @@ def test_what_tensorrt_says_goes_to_logging(tiny_engine, device, trt, caplog):
     loaded._logger.log(trt.ILogger.Severity.WARNING, "lazy loading is off ")
     loaded._logger.log(trt.ILogger.Severity.INFO, "loaded")
     assert caplog.messages == ["tensorrt: lazy loading is off"]
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ('{"Layers": [{"Name": "a", "LayerType": "Conv"}]}', [{"Name": "a", "LayerType": "Conv"}]),
+        ('{"Layers": ["a", "b"]}', [{"Name": "a"}, {"Name": "b"}]),  # built without details
+        ('{"Layers": [{"Name": "a\x1eb"}]}', [{"Name": "a\x1eb"}]),
+    ],
+)
+def test_layers_are_the_inspectors(text, layers):
+    engine = object.__new__(TrtEngine)
+    engine.trt = SimpleNamespace(LayerInformationFormat=SimpleNamespace(JSON="json"))
+    inspector = SimpleNamespace(get_engine_information=lambda form: text if form == "json" else "")
+    engine._engine = SimpleNamespace(create_engine_inspector=lambda: inspector)
+    assert engine.layers() == layers

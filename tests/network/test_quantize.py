@@ -21,6 +21,7 @@ from yolotrt.network.quantize import (
     ONNX_RUNTIME,
     SMALLEST_CHANNEL,
     TENSORRT,
+    TENSORRT_8,
     Placement,
     Quantization,
     computed_tensors,
@@ -78,9 +79,9 @@ def is_dequantized(tensor: recorder.Tensor) -> bool:
 def test_tensorrt_gets_q_dq_before_its_8_bit_layers_and_nowhere_else(tiny):
     network, builder = int8_network(tiny, TENSORRT)
     convolutions = layers(network, recorder.ConvolutionLayer)
-    heads = {name for name in convolutions if name.startswith("model.7.m.")}
-    assert {name for name, layer in convolutions.items() if not reads_int8(layer)} == heads
-    assert set(builder.int8_convolutions) == set(convolutions) - heads
+    in_floats = {"model.0.conv", *(name for name in convolutions if name.startswith("model.7.m."))}
+    assert {name for name, layer in convolutions.items() if not reads_int8(layer)} == in_floats
+    assert set(builder.int8_convolutions) == set(convolutions) - in_floats
     for kind in (recorder.ConcatenationLayer, recorder.PoolingLayer, recorder.ResizeLayer):
         assert all(reads_int8(layer) for layer in layers(network, kind).values())
     for name, layer in layers(network, recorder.ElementWiseLayer).items():
@@ -284,6 +285,18 @@ def test_int8_heads_stay_near_those_of_fp32(tiny):
         for a, b in zip(expected, found, strict=True):
             assert np.abs(a - b).max() > 0
             assert np.sqrt(np.square(a - b).mean() / np.square(a).mean()) < 0.08
+
+
+def test_split_silu_is_silu_and_only_after_convolutions_in_floating_point(tiny):
+    picture = np.random.default_rng(1).random((1, 3, 32, 48), np.float32)
+    quantization = Quantization(all_scales(tiny), ("model.3",))
+    whole, split = (heads(tiny, picture, "int8", placement, quantization) for placement in (FLOAT_TENSORRT, TENSORRT_8))
+    for a, b in zip(whole, split, strict=True):
+        # a value in a million next to where it is rounded the other way
+        assert np.sqrt(np.square(a - b).mean() / np.square(a).mean()) < 0.01
+    network, _ = int8_network(tiny, TENSORRT_8, ("model.3",))
+    tanhs = {name for name, layer in layers(network, recorder.ActivationLayer).items() if name.endswith(".tanh")}
+    assert tanhs == {"model.0.act.tanh", "model.3.act.tanh"}
 
 
 def heads(

@@ -190,7 +190,7 @@ def _key(table: ScaleTable, feed: PictureFeed, placement: Placement) -> str:
         table.source.key(),
         json.dumps(table.groups),
         feed.checksum(),
-        json.dumps([sorted(placement.reads), sorted(placement.writes), placement.reads_pictures]),
+        json.dumps([sorted(placement.reads), sorted(placement.writes)]),
         str(("by objectness", PICTURES, TARGET_DB, MAX_KEPT)),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]

@@ -28,6 +28,8 @@ from yolotrt.weights.infer import network_tensors
 _MAGIC = "yolotrt-timing-cache-1"
 _MAX_LINE = 512
 _KEY_DIGITS = 16
+_DEFINITION = 2
+"""Raised when the same model and options come to define another network."""
 _WITHOUT_INFLUENCE = ("timing_cache", "use_timing_cache", "quantization")
 """The values of scales do not matter; which layers INT8 leaves out does, and has an entry of its own."""
 
@@ -113,6 +115,7 @@ def _key(weights: Weights, options: CompleteOptions, gpu: Gpu, version: str) -> 
     """A digest of all that decides which kernels TensorRT measures."""
     metadata = weights.metadata
     wanted: dict[str, Any] = {
+        "definition": _DEFINITION,
         "shapes": {name: array.shape for name, array in network_tensors(weights.tensors).items()},
         "yaml": metadata.yaml,
         "activations": [metadata.activation, metadata.activations],

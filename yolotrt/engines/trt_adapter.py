@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from yolotrt.engines.base import CompleteOptions
@@ -36,7 +35,7 @@ from yolotrt.engines.trt_log import NO_GPU_REMEDY, build_failure, shared_logger,
 from yolotrt.errors import BackendUnavailableError, InferenceError, YolotrtError
 from yolotrt.network.builder import NetworkBuilder
 from yolotrt.network.ops import Tensor
-from yolotrt.network.quantize import TENSORRT
+from yolotrt.network.quantize import TENSORRT, TENSORRT_8
 
 
 class TrtHooks(BuildHooks):
@@ -56,7 +55,7 @@ class TrtHooks(BuildHooks):
             trt: The module `tensorrt` or `tensorrt_rtx`.
             options: How to build.
         """
-        super().__init__(TENSORRT if is_strongly_typed(trt) else replace(TENSORRT, high_precision="fp32"))
+        super().__init__(TENSORRT if is_strongly_typed(trt) else TENSORRT_8)
         self.logger = shared_logger(trt)
         self.logger.clear()
         self.convolutions: tuple[str, ...] = ()
@@ -91,8 +90,12 @@ class TrtHooks(BuildHooks):
         """See `BuildHooks.finish_network`."""
         self.note_convolutions(definition)
         outputs = super().finish_network(definition, network, heads)
-        if self._options.precision == "fp16" and not is_strongly_typed(self._trt):
-            constrain_types(network, outputs, self._trt.float16)
+        if not is_strongly_typed(self._trt):
+            if self._options.precision == "fp16":
+                constrain_types(network, outputs, self._trt.float16)
+            elif self._options.precision == "int8":
+                in_floats = {*self.convolutions} - {*self.int8_convolutions_wanted}
+                prefer_halves(network, outputs, in_floats, self._trt.float16)
         return outputs
 
     def note_convolutions(self, definition: NetworkBuilder) -> None:
@@ -135,13 +138,30 @@ def is_strongly_typed(trt: Any) -> bool:
 def constrain_types(network: Any, outputs: list[Tensor], dtype: Any) -> None:
     """Make every layer of a weakly typed network compute in `dtype` and give it, up to the network's outputs."""
     for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        if hasattr(layer, "precision") and hasattr(layer, "set_output_type"):
-            layer.precision = dtype
-            for output in range(layer.num_outputs):
-                layer.set_output_type(output, dtype)
+        _constrain(network.get_layer(index), dtype)
     for tensor in outputs:
         tensor.dtype = dtype
+
+
+def prefer_halves(network: Any, outputs: list[Tensor], convolutions: Collection[str], half: Any) -> None:
+    """Have the pictures, the heads and these convolutions of a weakly typed INT8 network in halves.
+
+    Left to itself, TensorRT 8.6 computes them in TF32, since such a network is defined in float32.
+    """
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.name in convolutions:
+            _constrain(layer, half)
+    for tensor in (*(network.get_input(index) for index in range(network.num_inputs)), *outputs):
+        tensor.dtype = half
+
+
+def _constrain(layer: Any, dtype: Any) -> None:
+    """Tell a layer of a weakly typed network in what to compute, and what to give."""
+    if hasattr(layer, "precision") and hasattr(layer, "set_output_type"):
+        layer.precision = dtype
+        for output in range(layer.num_outputs):
+            layer.set_output_type(output, dtype)
 
 
 def configure(trt: Any, config: Any, options: CompleteOptions) -> None:
@@ -218,8 +238,8 @@ def _set_precision(trt: Any, config: Any, precision: str) -> None:
         config.set_flag(_required(trt, trt.BuilderFlag, "OBEY_PRECISION_CONSTRAINTS", "--precision fp16"))
     if precision == "int8" and not is_strongly_typed(trt):
         # Q/DQ say what is INT8; of the rest, float32 in the network, TensorRT may compute any layer in halves
-        config.set_flag(_required(trt, trt.BuilderFlag, "INT8", "--precision int8"))
-        config.set_flag(_required(trt, trt.BuilderFlag, "FP16", "--precision int8"))
+        for flag in ("INT8", "FP16", "PREFER_PRECISION_CONSTRAINTS"):
+            config.set_flag(_required(trt, trt.BuilderFlag, flag, "--precision int8"))
 
 
 def _turn_off_external_libraries(trt: Any, config: Any) -> None:

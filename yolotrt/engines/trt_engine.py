@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import threading
@@ -81,6 +82,12 @@ class TrtEngine:
             if info.shape[0] == -1 and not context.set_input_shape(info.name, (batch, *info.shape[1:])):
                 raise InferenceError(f"TensorRT refused a batch of {batch} ({self.last_error}): {REBUILD}")
         return context
+
+    def layers(self) -> list[dict[str, Any]]:
+        """What TensorRT's engine inspector says of each layer; nothing but names unless built to say more."""
+        text = self._engine.create_engine_inspector().get_engine_information(self.trt.LayerInformationFormat.JSON)
+        found: list[Any] = json.loads(text, strict=False).get("Layers", [])
+        return [layer if isinstance(layer, dict) else {"Name": layer} for layer in found]
 
     @property
     def last_error(self) -> str:

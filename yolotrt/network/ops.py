@@ -277,8 +277,14 @@ class Ops:
         add = _ACTIVATIONS.get(function)
         if add is None:
             raise NetworkError(f"{name}: activation {kind!r} is not known: known are {', '.join(sorted(_ACTIVATIONS))}")
+        if function == "SiLU" and self._quantizer is not None and self._quantizer.splits_silu and self._is_float(x):
+            add = _split_silu
         y = add(self, x, name, _slope(argument, name))
         return self._as_written(y, quantize.ACTIVATION, reads_int8=self._is_quantized(x))
+
+    def _is_float(self, x: Tensor) -> bool:
+        """Whether it is the output of a convolution that is not INT8."""
+        return x.name in self.convolutions and x.name not in self.int8_convolutions
 
     def unary(self, x: Tensor, name: str, kind: str, alpha: float | None = None, beta: float | None = None) -> Tensor:
         """Apply an activation layer of TensorRT, such as ``SIGMOID``; `alpha` and `beta` as its documentation says."""
@@ -292,13 +298,22 @@ class Ops:
         return y if kind != "SIGMOID" else self._as_written(y, quantize.SIGMOID, reads_int8=self._is_quantized(x))
 
     def multiply(self, a: Tensor, b: Tensor, name: str) -> Tensor:
-        """Elementwise product of two tensors of one shape."""
+        """Elementwise product of two tensors of one shape, or of one and a single value."""
         return self._elementwise(a, b, name, self._trt.ElementWiseOperation.PROD)
+
+    def sum(self, a: Tensor, b: Tensor, name: str) -> Tensor:
+        """Elementwise sum of two tensors of one shape, in floating point."""
+        return self._elementwise(a, b, name, self._trt.ElementWiseOperation.SUM)
+
+    def number(self, value: float, name: str) -> Tensor:
+        """A constant (1, 1, 1, 1) of the compute type."""
+        array = np.full((1, 1, 1, 1), value, np.float32)
+        return self._checked(self._network.add_constant(array.shape, self._constant(array, name)), name)
 
     def add(self, a: Tensor, b: Tensor, name: str) -> Tensor:
         """Elementwise sum of two tensors of one shape."""
         a, b = (self._as_read(tensor, quantize.ADD, name) for tensor in (a, b))
-        y = self._elementwise(a, b, name, self._trt.ElementWiseOperation.SUM)
+        y = self.sum(a, b, name)
         return self._as_written(y, quantize.ADD, reads_int8=self._is_quantized(a))
 
     def concat(self, tensors: Sequence[Tensor], name: str, axis: int = 1) -> Tensor:
@@ -536,6 +551,12 @@ def _slope(argument: str, name: str) -> float | None:
 
 def _silu(net: Ops, x: Tensor, name: str, _: float | None) -> Tensor:
     return net.multiply(x, net.unary(x, f"{name}.sigmoid", "SIGMOID"), name)
+
+
+def _split_silu(net: Ops, x: Tensor, name: str, _: float | None) -> Tensor:
+    """SiLU as x/2 + x/2 tanh(x/2), which is the same, and not taken for SiLU by a library that would fuse it."""
+    half = net.multiply(x, net.number(0.5, f"{name}.half"), f"{name}.halved")
+    return net.sum(half, net.multiply(half, net.unary(half, f"{name}.tanh", "TANH"), f"{name}.product"), name)
 
 
 def _hardswish(net: Ops, x: Tensor, name: str, _: float | None) -> Tensor:

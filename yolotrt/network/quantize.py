@@ -9,7 +9,7 @@ what a `Placement` says.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -45,16 +45,16 @@ class Placement:
         reads: Kinds of layers that read INT8: their inputs are quantized.
         writes: Kinds of layers that also write INT8: their outputs are quantized where their inputs are, and those of
             activations always, so that all readers share the 8-bit value.
-        reads_pictures: Whether the convolution that reads the network's input is one of them.
         high_precision: The type of all else: ``fp16`` or ``fp32``.
         has_zero_points: Whether the library takes them; see `yolotrt.network.ranges`.
+        splits_silu: Whether SiLU after a convolution in floating point is written in a form that is not fused into it.
     """
 
     reads: frozenset[str]
     writes: frozenset[str] = frozenset()
-    reads_pictures: bool = True
     high_precision: str = "fp16"
     has_zero_points: bool = False
+    splits_silu: bool = False
 
 
 _EIGHT_BIT_LAYERS = frozenset({CONVOLUTION, ADD, CONCAT, MAX_POOL, RESIZE})
@@ -67,8 +67,14 @@ _EIGHT_BIT_LAYERS = frozenset({CONVOLUTION, ADD, CONCAT, MAX_POOL, RESIZE})
 # concatenation         INT8    -       one scale for all inputs and the output: bytes are copied
 # max-pooling, resize   INT8    -       the scale of the input is that of the output: bytes are compared, copied
 # head (Detect)         -       -       its raw values are box coordinates and logits: 8 bits are too few
+# first convolution     -       -       a picture's three channels would be padded to 32 (docs/int8.md)
 TENSORRT = Placement(reads=_EIGHT_BIT_LAYERS)
-"""TensorRT 8.6, 10, 11 and TensorRT-RTX."""
+"""TensorRT 10, 11 and TensorRT-RTX."""
+
+# TensorRT 8.6 takes Q/DQ in float32 networks alone. It fuses SiLU into every convolution of such a network, and for few
+# channels has kernels with SiLU in TF32 only, four times as slow as those in halves without it (docs/int8.md).
+TENSORRT_8 = replace(TENSORRT, high_precision="fp32", splits_silu=True)
+"""TensorRT 8.6."""
 
 # ONNX Runtime's 8-bit kernels (QLinearConv, QLinearSigmoid, QLinearMul, ...) fuse nothing but the Q/DQ around one
 # layer: each writes INT8 as well. The convolution that reads the picture has three channels, for which its 8-bit kernel
@@ -76,7 +82,6 @@ TENSORRT = Placement(reads=_EIGHT_BIT_LAYERS)
 ONNX_RUNTIME = Placement(
     reads=_EIGHT_BIT_LAYERS,
     writes=_EIGHT_BIT_LAYERS | {SIGMOID, ACTIVATION},
-    reads_pictures=False,
     high_precision="fp32",
     has_zero_points=True,
 )
@@ -116,15 +121,18 @@ class Quantizer:
         self._inputs = inputs
         self._keep = {**dict.fromkeys(quantization.keep, False), **dict.fromkeys(heads, True)}
 
+    @property
+    def splits_silu(self) -> bool:
+        """See `Placement.splits_silu`."""
+        return self._placement.splits_silu
+
     def read_scale(self, kind: str, layer: str, tensor: str) -> float | None:
         """The scale at which `layer` reads `tensor`; None where it reads it as it is."""
         is_kept = self._is_kept(layer)
         tensor = tensor.removesuffix(CAST_SUFFIX)
         if kind not in self._placement.reads or is_kept:
             return None
-        if tensor in self._inputs and not self._placement.reads_pictures:
-            return None
-        return self._scales.get(tensor)
+        return None if tensor in self._inputs else self._scales.get(tensor)
 
     def reads_original(self, layer: str) -> bool:
         """Whether `layer` reads the values from before they were quantized for others: it is to be exact."""
