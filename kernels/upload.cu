@@ -1,9 +1,9 @@
 // Upload: the rows of frames that the letterbox needs, from page-locked host memory into device memory.
 //
 // Few blocks share the rows of all slots; a thread copies units of 16, 4 or 1 bytes, as the addresses allow, with
-// several loads under way, which is what hides the bus's latency. A copy command of the driver would be no faster, but
-// has its addresses fixed in a captured CUDA graph and copies every row: of a 1080p frame that becomes 640 wide, the
-// letterbox reads one row of three.
+// several loads under way, which is what hides the bus's latency. A copy command of the driver would be no faster, and
+// has its addresses fixed in a captured CUDA graph. It leaves other streams' kernels alone, though, which this one slows:
+// where frames of a batch come by commands before the graph, their plans have no rows to copy.
 // Grid:    x = any number of blocks; block: any.
 // Plans:   as for letterbox.cu, the same records: source, source_pitch, row_bytes and row_count say what to copy; the
 //          rows lie side by side at `pixels`. If is_listed, their numbers stand behind the taps, else they are the

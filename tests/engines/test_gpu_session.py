@@ -7,6 +7,7 @@ import gc
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from tests.engines.host_gpu import FREED, FakeTensorRt, HostGpuDevice, HostGpuEr
 from tests.kernels.comparisons import crops_error
 from tests.reference import all_weights
 from yolotrt import BuildOptions, build_engine
-from yolotrt.cuda.kernels import MaskLayout, NmsLayout, needed_lines
+from yolotrt.cuda.kernels import LetterboxKernel, MaskLayout, NmsLayout, needed_lines
 from yolotrt.engines import gpu_engine as gpu_engine_module
 from yolotrt.engines import gpu_session
 from yolotrt.engines.base import Session
@@ -464,9 +465,34 @@ def test_a_batch_that_is_refused_leaves_no_copy_command_under_way(tiny_dynamic_e
         pixels = borrowed(session, frame(0))
         with pytest.raises((InputError, ImageError)):
             session.submit([pixels, "no frame"], OPTIONS)
-        assert not any(stream.queue for stream in device.streams.values())
-        pixels[:] = 0  # the caller's again
+        assert device.calls["upload_lines"] == 1
+        assert not any(stream.queue for stream in device.streams.values())  # the frame is the caller's again
         assert_same(session.detect([borrowed(session, frame(seed)) for seed in range(2)], OPTIONS), wanted)
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt(), MemoryError("no room")], ids=["ctrl-c", "memory"])
+@pytest.mark.parametrize("kind", ["commands", "kernel", "device", "nothing"])
+def test_an_interrupted_placement_leaves_no_plan_of_freed_memory(
+    tiny_dynamic_engine, static_engine, trt, device, monkeypatch, kind, problem
+):
+    """A larger frame gives a slot more room, and frees the room that the plan names."""
+    monkeypatch.setattr(gpu_session, "COMMANDS_FROM", 1 if kind == "commands" else 99)
+    small, large = frame(0), frame(0, (192, 192))
+    engine = static_engine if kind == "nothing" else tiny_dynamic_engine
+    wanted = expected(engine, [small])
+
+    def place(session: Session) -> list[Any]:
+        return [OnDevice(device, small)] if kind == "device" else [borrowed(session, small)]
+
+    with GpuSession.open(trt, gpu_engine(engine), device) as session:
+        count = 4 if kind == "nothing" else 1
+        assert_same(session.detect(place(session), OPTIONS), wanted)
+        plans = "uploaded_plan" if kind == "commands" else "upload_plan"
+        with monkeypatch.context() as patch, pytest.raises(type(problem)):
+            patch.setattr(LetterboxKernel, plans, raising(problem))
+            session.detect([borrowed(session, large)] * count, OPTIONS)
+        for _ in range(2):
+            assert_same(session.detect(place(session), OPTIONS), wanted)
 
 
 def test_copy_commands_are_timed_with_the_upload(tiny_dynamic_engine, trt, device):
@@ -878,16 +904,18 @@ def test_a_failure_belongs_to_its_batch(tiny_engine, trt, device):
                 lost[0].result()
 
 
-def test_an_interrupted_wait_can_be_repeated(tiny_engine, trt, device):
+@pytest.mark.parametrize("where", ["wait", "has_happened"])
+def test_an_interrupted_wait_can_be_repeated(tiny_engine, trt, device, monkeypatch, where):
+    monkeypatch.setattr(gpu_engine_module, "NAPS", 0 if where == "wait" else 3)  # a nap executes what is enqueued
     wanted = expected(tiny_engine, [frame(0), frame(5)])
     with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
         pending = session.submit([borrowed(session, frame(0))], OPTIONS)
-        device.failing["wait"] = KeyboardInterrupt()
+        device.failing[where] = KeyboardInterrupt()
         for call in (pending.result, lambda: session.run(np.zeros((1, 3, 64, 64), np.float32))):
             with pytest.raises(KeyboardInterrupt):
                 call()
         gc.collect()  # the frame is still read
-        del device.failing["wait"]
+        del device.failing[where]
         others = [session.submit([frame(5)], OPTIONS) for _ in range(gpu_session.LANES + 1)]
         assert_same(pending.result(), wanted[:1])
         for other in others:
@@ -908,7 +936,7 @@ def test_any_failure_belongs_to_its_batch(tiny_engine, trt, device, monkeypatch)
 
 
 def raising(problem: Exception) -> Callable[..., None]:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise problem
 
     return fail

@@ -140,7 +140,7 @@ def int8_options(weights: Weights, keep: tuple[str, ...] = ()) -> CompleteOption
     return CompleteOptions("int8", SIZE, (1, 1, 1), quantization=Quantization(scales, keep))
 
 
-def test_all_convolutions_but_heads_are_int8_and_the_engine_is_asked(trt, tiny, caplog):
+def test_all_convolutions_but_the_first_and_heads_are_int8_and_the_engine_is_asked(trt, tiny, caplog):
     plan = TensorRtBackend().build(tiny, int8_options(tiny))
     assert plan.findings["convolutions"]["int8"] == 11
     assert sum(plan.findings["convolutions"].values()) == 14
@@ -157,10 +157,18 @@ def test_a_weakly_typed_int8_network_prefers_halves_where_it_is_not_int8(trt8, t
     preferred = {layer.name for layer in network.layers if layer.precision is not None}
     assert preferred == {"model.0.conv", "model.3.conv", "model.7.m.0", "model.7.m.1"}
     activations = {layer.name for layer in network.layers if layer.kind == "Activation"}
-    assert {"model.0.act.tanh", "model.3.act.tanh", "model.1.act.sigmoid"} <= activations  # SiLU is not fused there
+    assert {"model.0.act.tanh", "model.1.act.sigmoid", "model.3.act.sigmoid"} <= activations  # not fused into the first
     assert {layer.precision for layer in network.layers} == {None, recorder.float16}
     assert {tensor.dtype for tensor in (*plan.inputs, *plan.outputs)} == {"float16"}
     assert plan.findings["convolutions"] == {"int8": 10, "fp16": 4}
+
+
+def test_an_int8_network_for_a_gpu_with_slow_halves_is_float32(trt8, tiny):
+    trt8.behaviour.fast_fp16 = False
+    plan = TensorRtBackend().build(tiny, int8_options(tiny))
+    (network,) = trt8.behaviour.networks
+    assert {layer.precision for layer in network.layers} == {None}
+    assert {tensor.dtype for tensor in (*plan.inputs, *plan.outputs)} == {"float32"}
 
 
 def test_a_strongly_typed_int8_network_is_fp16_where_it_is_not_int8(trt10, tiny):

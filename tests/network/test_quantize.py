@@ -287,7 +287,7 @@ def test_int8_heads_stay_near_those_of_fp32(tiny):
             assert np.sqrt(np.square(a - b).mean() / np.square(a).mean()) < 0.08
 
 
-def test_split_silu_is_silu_and_only_after_convolutions_in_floating_point(tiny):
+def test_split_silu_is_silu_and_only_after_the_pictures_convolution(tiny):
     picture = np.random.default_rng(1).random((1, 3, 32, 48), np.float32)
     quantization = Quantization(all_scales(tiny), ("model.3",))
     whole, split = (heads(tiny, picture, "int8", placement, quantization) for placement in (FLOAT_TENSORRT, TENSORRT_8))
@@ -296,7 +296,7 @@ def test_split_silu_is_silu_and_only_after_convolutions_in_floating_point(tiny):
         assert np.sqrt(np.square(a - b).mean() / np.square(a).mean()) < 0.01
     network, _ = int8_network(tiny, TENSORRT_8, ("model.3",))
     tanhs = {name for name, layer in layers(network, recorder.ActivationLayer).items() if name.endswith(".tanh")}
-    assert tanhs == {"model.0.act.tanh", "model.3.act.tanh"}
+    assert tanhs == {"model.0.act.tanh"}
 
 
 def heads(

@@ -238,7 +238,7 @@ def _measure_layers(
 
 
 def _int8_names(weights: Weights, imgsz: tuple[int, int], table: ScaleTable, placement: Placement) -> frozenset[str]:
-    """The convolutions that are INT8 where none is kept: all but the head's, and others as the placement says."""
+    """The convolutions that are INT8 where none is kept: all but the first and the head's."""
     definition = NetworkBuilder(
         recorder.Network(),
         recorder,

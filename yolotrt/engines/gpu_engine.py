@@ -115,7 +115,7 @@ class EngineStream:
         device = self._device = engine.device
         self._engine = engine
         self.stream = device.stream()
-        self._sleeping, self._spinning = device.event(blocking=True), device.event()
+        self._done, self._waking = device.event(), device.event(blocking=True)
         self.tensors = {
             info.name: device.allocate(upload_bytes(tensor_bytes(info, header.max_batch)))
             for info in (*header.inputs, *header.outputs)
@@ -159,8 +159,7 @@ class EngineStream:
             else:
                 enqueue()  # TensorRT wants to run once before it is captured
                 self._capture(batch, enqueue)
-            self._device.record(self._sleeping, self.stream)
-            self._device.record(self._spinning, self.stream)
+            self._device.record(self._done, self.stream)
         except BaseException:
             self._device.synchronize(self.stream)  # what it reads may change at once
             raise
@@ -171,13 +170,14 @@ class EngineStream:
         To be woken by the driver costs 20 to 30 us of computation, a nap 9: so the first of the time is spent in naps.
         """
         if spin:
-            self._device.wait(self._spinning)
+            self._device.wait(self._done)
             return
         for _ in range(NAPS):
-            if self._device.has_happened(self._spinning):
+            if self._device.has_happened(self._done):
                 return
             time.sleep(NAP)
-        self._device.wait(self._sleeping)
+        self._device.record(self._waking, self.stream)  # nothing else was started since
+        self._device.wait(self._waking)
 
     def captured(self, enqueue: Callable[[], None]) -> Graph:
         """A graph of what is enqueued on the stream; whatever it needs was made by enqueuing it once before."""

@@ -1,9 +1,10 @@
 """Frames in, boxes out on a GPU: one CUDA graph does everything.
 
-A frame's way, all on one stream: upload of the rows that the letterbox reads (from page-locked memory, by a kernel),
-letterbox, engine, YoloLayer (unless it is a plugin inside the engine), NMS, which writes at most `max_detections` boxes
-into page-locked memory, and for segmentation the masks, which go there as well. No step is a copy command of the
-driver: those of all streams wait for each other in the queues of the copy engines.
+A frame's way, all on one stream: upload of the rows that the letterbox reads (from page-locked memory), letterbox,
+engine, YoloLayer (unless it is a plugin inside the engine), NMS, which writes at most `max_detections` boxes into
+page-locked memory, and for segmentation the masks, which go there as well. All this is kernels in the graph, none a
+copy command of the driver: those of all streams wait for each other in the queues of the copy engines. Only the frames
+of batches come by copy commands, before the graph begins: a kernel that reads across the bus slows other engines.
 
 Where a frame lies and how large it is stands in a small record that travels along, so that one captured graph serves
 all frames of all sizes: it is captured once for each batch size.
@@ -54,6 +55,8 @@ COMMANDS_FROM = 2
 """From so many frames on, copy commands fetch a batch before its graph begins; of a single frame a kernel in the graph
 does it sooner (docs/benchmarks.md)."""
 _CHANNELS = 3
+_NOTHING = ()
+"""What a plan of zeros is for."""
 
 _log = logging.getLogger(__name__)
 
@@ -114,7 +117,11 @@ class GpuSession(EngineSession["_Lane"]):
         self._require_heads()
         with self._on_device():
             lane = self._idle_lane()
-            return lane.raw_heads(len(images), lambda: lane.upload_images(images))
+            try:
+                return lane.raw_heads(len(images), lambda: lane.upload_images(images))
+            except BaseException:
+                lane.settle()
+                raise
 
     def frame_buffer(self, height: int, width: int) -> npt.NDArray[np.uint8]:
         """See `Session.frame_buffer`: page-locked memory from a pool."""
@@ -143,8 +150,12 @@ class GpuSession(EngineSession["_Lane"]):
         with self._on_device():
             lane = self._idle_lane()
             lane.use(options)
-            owners = lane.place(frames)
-            times = lane.profile(len(frames), repeats)
+            try:
+                owners = lane.place(frames)
+                times = lane.profile(len(frames), repeats)
+            except BaseException:
+                lane.settle()
+                raise
         del owners  # the GPU has read the frames
         return times
 
@@ -166,9 +177,13 @@ class GpuSession(EngineSession["_Lane"]):
         began = time.perf_counter()
         with self._on_device():
             lane = self._idle_lane()
-            owners = lane.place(frames)
-            placed = time.perf_counter()
-            heads = lane.raw_heads(lane.batch_for(len(frames)), lambda: lane.enqueue_input(len(frames)))
+            try:
+                owners = lane.place(frames)
+                placed = time.perf_counter()
+                heads = lane.raw_heads(lane.batch_for(len(frames)), lambda: lane.enqueue_input(len(frames)))
+            except BaseException:
+                lane.settle()
+                raise
         del owners  # the GPU has read the frames
         inferred = time.perf_counter()
         boxes = HostDecoder(self.header).boxes([head[: len(frames)] for head in heads], options)
@@ -182,9 +197,13 @@ class GpuSession(EngineSession["_Lane"]):
         """Start a batch in a lane that has none."""
         began = time.perf_counter()
         lane.use(options)  # which may be refused, before any frame is read
-        owners = lane.place(frames)
-        placed = time.perf_counter()
-        lane.start(len(frames))
+        try:
+            owners = lane.place(frames)
+            placed = time.perf_counter()
+            lane.start(len(frames))
+        except BaseException:
+            lane.settle()
+            raise
         lane.started_at = self.timing.pictures
         pending = lane.pending = _GpuPending(self, lane, owners)
         self.timing.preprocess_ms += (placed - began) * 1e3
@@ -312,23 +331,21 @@ class _Lane:
     def place(self, frames: Sequence[Frame]) -> list[Any]:
         """Say in the plans where the frames are, copying those that are in ordinary memory.
 
+        Copy commands are under way then, also if this fails: see `settle`.
+
         Returns:
             What must stay alive until the GPU has read the frames.
         """
         makers: set[int] = set()
         by_command = len(frames) >= COMMANDS_FROM
-        try:
-            owners = [
-                self._place_host_frame(slot, frame, by_command=by_command)
-                if isinstance(frame, np.ndarray)
-                else self._place_device_frame(slot, frame, makers)
-                for slot, frame in zip(self._slots, frames, strict=False)
-            ]
-            for stream in makers:  # once for all frames that it makes
-                self._device.wait_for_stream(self._stream, stream)
-        except BaseException:
-            self._device.synchronize(self._stream)  # what earlier frames' commands read may change at once
-            raise
+        owners = [
+            self._place_host_frame(slot, frame, by_command=by_command)
+            if isinstance(frame, np.ndarray)
+            else self._place_device_frame(slot, frame, makers)
+            for slot, frame in zip(self._slots, frames, strict=False)
+        ]
+        for stream in makers:  # once for all frames that it makes
+            self._device.wait_for_stream(self._stream, stream)
         for slot in self._slots[len(frames) : self._low]:  # what a static batch is filled up with
             slot.clear()
         return owners
@@ -338,6 +355,10 @@ class _Lane:
         batch = self.batch_for(count)
         self._run.start(batch, lambda: self._enqueue(batch))
         self._started = count, batch
+
+    def settle(self) -> None:
+        """Wait for whatever is under way after a failure: what it reads may change at once."""
+        self._device.synchronize(self._stream)
 
     def wait(self, *, spin: bool) -> None:
         """Wait for the batch under way."""
@@ -357,12 +378,8 @@ class _Lane:
 
     def raw_heads(self, batch: int, enqueue_input: Callable[[], None]) -> list[npt.NDArray[np.float32]]:
         """Run the engine alone on an input; the raw heads as float32 arrays of the host."""
-        try:
-            enqueue_input()
-            self._run.enqueue(batch)
-        except BaseException:
-            self._device.synchronize(self._stream)  # what it reads may change at once
-            raise
+        enqueue_input()
+        self._run.enqueue(batch)
         return self._run.outputs(batch)
 
     def upload_images(self, images: npt.NDArray[np.float32]) -> None:
@@ -490,7 +507,8 @@ class _Slot:
         self._letterbox = letterbox
         self._plan = plan
         self._header = letterbox.header(plan)
-        self._written: tuple[Any, ...] | None = None  # what the plan is for, but for addresses
+        # what the plan is for, but for addresses; None where that is not known
+        self._written: tuple[Any, ...] | None = _NOTHING
         self._source = 0
         self._pixels = Memory(0, 0, None)
         self._staging = np.empty(0, np.uint8)
@@ -528,35 +546,36 @@ class _Slot:
         if self._written == kind:
             self._header["pixels"], self._header["pitch"] = frame.address, frame.pitch
         else:
+            self._written = None  # if this is interrupted, the plan is of no use
             self._plan[:] = self._letterbox.plan(frame.size, frame.address, frame.pitch)
             self._written = kind
 
     def clear(self) -> None:
         """No frame."""
         self._command = None
-        if self._written is not None:
+        if self._written != _NOTHING:
             self._plan[:] = 0
-            self._written = None
+            self._written = _NOTHING
 
     def _write_upload(
         self, size: tuple[int, int], source: int, lines: tuple[int, Lines] | None, *, gathered: bool
     ) -> None:
-        self._command = None if lines is None else (source + lines[0], lines[1])
         kind = "host", size, gathered, lines is not None
-        if self._written == kind:
-            if source != self._source:
-                self._header["source"] = self._source = source
-            return
-        room = upload_bytes(self._letterbox.needed_rows(size).count * size[1] * _CHANNELS)
-        if self._pixels.size < room:
-            self._pixels = self._device.allocate(room)
-        pixels = self._pixels.address
-        self._plan[:] = (
-            self._letterbox.upload_plan(size, pixels, source, gathered=gathered)
-            if lines is None
-            else self._letterbox.uploaded_plan(size, pixels)
-        )
-        self._written, self._source = kind, source
+        if self._written != kind:
+            self._written = self._command = None  # if this is interrupted, the plan is of no use
+            room = upload_bytes(self._letterbox.needed_rows(size).count * size[1] * _CHANNELS)
+            if self._pixels.size < room:
+                self._pixels = self._device.allocate(room)
+            pixels = self._pixels.address
+            self._plan[:] = (
+                self._letterbox.upload_plan(size, pixels, source, gathered=gathered)
+                if lines is None
+                else self._letterbox.uploaded_plan(size, pixels)
+            )
+            self._written, self._source = kind, source
+        elif lines is None and source != self._source:
+            self._header["source"] = self._source = source
+        self._command = None if lines is None else (source + lines[0], lines[1])
 
 
 class _YoloLayer:

@@ -241,7 +241,7 @@ def verify_precision(trt: Any, hooks: TrtHooks, engine: Any, options: CompleteOp
     """
     found = inspector.convolution_precisions(_engine_information(trt, engine, options), hooks.convolutions)
     counts = inspector.count_precisions(found)
-    if options.precision == "int8":  # the head and the layers to keep are not to be INT8
+    if options.precision == "int8":  # the first, the head and the layers to keep are not
         found = {name: found[name] for name in hooks.int8_convolutions_wanted}
     library, precision, total = library_label(trt), options.precision, len(found)
     right = sum(kind in ALLOWED[precision] for kind in found.values())

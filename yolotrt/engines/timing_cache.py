@@ -31,7 +31,8 @@ _KEY_DIGITS = 16
 _DEFINITION = 2
 """Raised when the same model and options come to define another network."""
 _WITHOUT_INFLUENCE = ("timing_cache", "use_timing_cache", "quantization")
-"""The values of scales do not matter; which layers INT8 leaves out does, and has an entry of its own."""
+"""The values of scales hardly matter (where they change what is fused, TensorRT refuses the cache and it is made anew);
+which layers INT8 leaves out does, and has an entry of its own."""
 
 _log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@
 | --- | --- | --- | --- |
 | network | explicit batch, weakly typed | strongly typed on request | always strongly typed |
 | fp16 | flags, and every layer constrained | types of tensors | types of tensors |
-| int8 | Q/DQ of two arguments in a float32 network, and flags | Q/DQ of three arguments | Q/DQ of three arguments |
+| int8 | Q/DQ of two arguments, float32 and halves by preference | Q/DQ of three arguments | Q/DQ of three arguments |
 | sharing of a profile | a preview feature | always | always |
 | tactic sources cuBLAS, cuDNN | on or off by version | off | gone |
 | progress monitor | none | yes | yes |
@@ -39,7 +39,7 @@ from yolotrt.network.quantize import TENSORRT, TENSORRT_8
 
 
 class TrtHooks(BuildHooks):
-    """Builds with TensorRT or TensorRT-RTX; what goes in and comes out is of the compute type.
+    """Builds with TensorRT or TensorRT-RTX; what goes in and comes out is of the type of what is not INT8.
 
     Half-precision networks read and write halves: the kernels around the engine do, too, which saves casts.
 
@@ -62,6 +62,7 @@ class TrtHooks(BuildHooks):
         self.int8_convolutions_wanted: tuple[str, ...] = ()
         self._trt = trt
         self._options = options
+        self._has_fast_halves = True
         self._library = library_label(trt)
 
     def explain(self) -> str:
@@ -80,6 +81,7 @@ class TrtHooks(BuildHooks):
         network = builder.create_network(1 << int(flag))
         if network is None:
             raise self.failure()
+        self._has_fast_halves = getattr(builder, "platform_has_fast_fp16", True)
         return network
 
     def io_dtype(self, trt: Any, compute_dtype: Any) -> Any:  # noqa: ARG002
@@ -93,7 +95,7 @@ class TrtHooks(BuildHooks):
         if not is_strongly_typed(self._trt):
             if self._options.precision == "fp16":
                 constrain_types(network, outputs, self._trt.float16)
-            elif self._options.precision == "int8":
+            elif self._options.precision == "int8" and self._has_fast_halves:
                 in_floats = {*self.convolutions} - {*self.int8_convolutions_wanted}
                 prefer_halves(network, outputs, in_floats, self._trt.float16)
         return outputs
@@ -237,7 +239,8 @@ def _set_precision(trt: Any, config: Any, precision: str) -> None:
         config.set_flag(_required(trt, trt.BuilderFlag, "FP16", "--precision fp16"))
         config.set_flag(_required(trt, trt.BuilderFlag, "OBEY_PRECISION_CONSTRAINTS", "--precision fp16"))
     if precision == "int8" and not is_strongly_typed(trt):
-        # Q/DQ say what is INT8; of the rest, float32 in the network, TensorRT may compute any layer in halves
+        # Q/DQ say what is INT8; of the rest, float32 in the network, TensorRT may compute any layer in halves, and is
+        # to prefer what `prefer_halves` asked for
         for flag in ("INT8", "FP16", "PREFER_PRECISION_CONSTRAINTS"):
             config.set_flag(_required(trt, trt.BuilderFlag, flag, "--precision int8"))
 

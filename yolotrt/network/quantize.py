@@ -47,7 +47,7 @@ class Placement:
             activations always, so that all readers share the 8-bit value.
         high_precision: The type of all else: ``fp16`` or ``fp32``.
         has_zero_points: Whether the library takes them; see `yolotrt.network.ranges`.
-        splits_silu: Whether SiLU after a convolution in floating point is written in a form that is not fused into it.
+        splits_silu: Whether SiLU after the picture's convolution is written in a form that is not fused into it.
     """
 
     reads: frozenset[str]
@@ -71,8 +71,8 @@ _EIGHT_BIT_LAYERS = frozenset({CONVOLUTION, ADD, CONCAT, MAX_POOL, RESIZE})
 TENSORRT = Placement(reads=_EIGHT_BIT_LAYERS)
 """TensorRT 10, 11 and TensorRT-RTX."""
 
-# TensorRT 8.6 takes Q/DQ in float32 networks alone. It fuses SiLU into every convolution of such a network, and for few
-# channels has kernels with SiLU in TF32 only, four times as slow as those in halves without it (docs/int8.md).
+# TensorRT 8.6 takes Q/DQ in float32 networks alone. It fuses SiLU into every convolution of such a network, and for a
+# picture's channels has kernels with SiLU in TF32 only, slower than halves and SiLU one by one (docs/int8.md).
 TENSORRT_8 = replace(TENSORRT, high_precision="fp32", splits_silu=True)
 """TensorRT 8.6."""
 
@@ -121,10 +121,9 @@ class Quantizer:
         self._inputs = inputs
         self._keep = {**dict.fromkeys(quantization.keep, False), **dict.fromkeys(heads, True)}
 
-    @property
-    def splits_silu(self) -> bool:
-        """See `Placement.splits_silu`."""
-        return self._placement.splits_silu
+    def splits_silu(self, tensor: str) -> bool:
+        """Whether SiLU after a convolution that reads `tensor` is not to be fused into it: see `Placement`."""
+        return self._placement.splits_silu and tensor.removesuffix(CAST_SUFFIX) in self._inputs
 
     def read_scale(self, kind: str, layer: str, tensor: str) -> float | None:
         """The scale at which `layer` reads `tensor`; None where it reads it as it is."""
@@ -189,8 +188,8 @@ def add_quantize(network: Any, trt: Any, x: Any, scale: Any) -> Any:
 def add_dequantize(network: Any, trt: Any, x: Any, scale: Any, dtype: Any) -> Any:
     """Add a layer from INT8 to real values of `dtype`, in the form that the library's version takes.
 
-    TensorRT 8.6 takes two arguments and gives float32: the network is then float32 throughout, and the build flags INT8
-    and FP16 let it choose.
+    TensorRT 8.6 takes two arguments and gives float32: the network is then float32 throughout, and build flags and
+    preferences say what may be computed otherwise.
     """
     return network.add_dequantize(x, scale, dtype) if _is_strongly_typed(trt) else network.add_dequantize(x, scale)
 
