@@ -33,7 +33,7 @@ from yolotrt.network import recorder
 from yolotrt.network.ops import Tensor
 from yolotrt.network.quantize import Quantization, scale_groups
 from yolotrt.plugin import yololayer
-from yolotrt.weights import Weights
+from yolotrt.weights import Weights, load_weights
 
 VERSIONS = ("8.6.0", "10.13.0.35", "11.4.0.106")
 SIZE = (32, 48)
@@ -161,6 +161,32 @@ def test_a_weakly_typed_int8_network_prefers_halves_where_it_is_not_int8(trt8, t
     assert {layer.precision for layer in network.layers} == {None, recorder.float16}
     assert {tensor.dtype for tensor in (*plan.inputs, *plan.outputs)} == {"float16"}
     assert plan.findings["convolutions"] == {"int8": 10, "fp16": 4}
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "floats", "split"),
+    [
+        ("yolov5n", 1 + 3, True),  # the first convolution, the heads
+        ("derived_p6_random_nc80", 1 + 4, True),
+        ("derived_seg_nc80", 1 + 3 + 3, True),  # and the prototypes'
+        ("derived_v50_focus_spp_nc80", 1 + 3, True),  # Focus is a part of its convolution
+        ("derived_v31_csp_hswish_nc3", 1 + 3, False),
+        ("derived_v20_leaky_nc2_legacy", 1 + 3, False),
+    ],
+)
+@pytest.mark.parametrize("batch_range", [(1, 1, 1), (1, 2, 4)], ids=["static", "dynamic"])
+def test_int8_networks_of_all_kinds_of_models(trt8, golden, caplog, checkpoint, floats, split, batch_range):
+    weights = load_weights(golden / "weights" / f"{checkpoint}.pt")
+    size = (128, 128)
+    scales = {name: 0.05 for group in scale_groups(record(weights, size)) for name in group}
+    options = CompleteOptions("int8", size, batch_range, quantization=Quantization(scales))
+    plan = TensorRtBackend().build(weights, options)
+    (network,) = trt8.behaviour.networks
+    assert plan.findings["convolutions"]["fp16"] == floats
+    assert sum(layer.precision is not None for layer in network.layers) == floats
+    assert {tensor.dtype for tensor in (*plan.inputs, *plan.outputs)} == {"float16"}
+    assert sum(layer.name.endswith(".tanh") for layer in network.layers) == split
+    assert records(caplog) == []
 
 
 def test_an_int8_network_for_a_gpu_with_slow_halves_is_float32(trt8, tiny):
