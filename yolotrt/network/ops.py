@@ -559,7 +559,7 @@ def _split_silu(net: Ops, x: Tensor, name: str, _: float | None) -> Tensor:
     of the integers that it is rounded to.
     """
     half = net.multiply(x, net.number(0.5, f"{name}.half"), f"{name}.halved")
-    return net.sum(half, net.multiply(half, net.unary(half, f"{name}.tanh", "TANH"), f"{name}.product"), name)
+    return net.sum(net.multiply(half, net.unary(half, f"{name}.tanh", "TANH"), f"{name}.product"), half, name)
 
 
 def _hardswish(net: Ops, x: Tensor, name: str, _: float | None) -> Tensor:
