@@ -104,8 +104,8 @@ class Run:
         for _ in range(PROFILED_RUNS):
             context.execute_async_v3(self._device.handle(self._run.stream))
             self._device.synchronize(self._run.stream)
+        described = {layer.get("Name"): layer for layer in self._engine.layers(context)}
         del context, profiler
-        described = {layer.get("Name"): layer for layer in self._engine.layers()}
         return [describe(name, statistics.median(taken), described.get(name, {})) for name, taken in times.items()]
 
 

@@ -94,7 +94,7 @@ def test_engines_are_timed_in_turn_and_layer_by_layer(
         "Inputs": [{"Dimensions": [1, 3, 8, 8], "Format/Datatype": "Int8"}],
         "Outputs": [],
     }
-    monkeypatch.setattr(TrtEngine, "layers", lambda _: [convolution, {"Name": "not profiled"}])
+    monkeypatch.setattr(TrtEngine, "layers", lambda *_: [convolution, {"Name": "not profiled"}])
     paths, layers = [tmp_path / "one.engine", tmp_path / "four.engine"], tmp_path / "layers.json"
     for path, engine in zip(paths, (tiny_engine, tiny_dynamic_engine), strict=True):
         gpu_engine(engine).save(path)

@@ -44,6 +44,25 @@ _IS_CONVOLUTION = re.compile(r"conv", re.IGNORECASE)
 _IS_PRODUCT = re.compile(r"conv|fprop|gemm|xmma|cutlass|cudnn|winograd", re.IGNORECASE)
 
 
+def engine_information(trt: Any, engine: Any, context: Any = None) -> str:
+    """The JSON of TensorRT's engine inspector, which tells types of dynamic shapes for those of a context alone."""
+    engine_inspector = engine.create_engine_inspector()
+    if context is not None:
+        engine_inspector.execution_context = context
+    return str(engine_inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+
+def layers(information: str) -> list[dict[str, Any]]:
+    """The engine's layers, of which an engine without details has names alone; none if the text is not what we know."""
+    try:
+        # not strict: TensorRT separates the entries of Metadata by control characters
+        document = json.loads(information, strict=False)
+    except ValueError:
+        return []
+    found = document.get("Layers", []) if isinstance(document, dict) else []
+    return [layer if isinstance(layer, dict) else {"Name": layer} for layer in found] if isinstance(found, list) else []
+
+
 def convolution_precisions(information: str, names: Iterable[str]) -> dict[str, str]:
     """The precision of each convolution.
 
@@ -55,24 +74,13 @@ def convolution_precisions(information: str, names: Iterable[str]) -> dict[str, 
     Returns:
         By name: ``fp32``, ``tf32``, ``fp16``, ``int8``, ...; ``unknown`` where the inspector does not tell.
     """
-    layers = _layers(information)
-    return {name: next((p for layer in _of(name, layers) if (p := _precision(layer))), UNKNOWN) for name in names}
+    found = layers(information)
+    return {name: next((p for layer in _of(name, found) if (p := _precision(layer))), UNKNOWN) for name in names}
 
 
 def count_precisions(precisions: Mapping[str, str]) -> dict[str, int]:
     """How many convolutions have each precision, the most frequent first."""
     return dict(Counter(precisions.values()).most_common())
-
-
-def _layers(information: str) -> list[Mapping[str, Any]]:
-    """The engine's layers; none if the text is not what we know."""
-    try:
-        # not strict: TensorRT separates the entries of Metadata by control characters
-        document = json.loads(information, strict=False)
-    except ValueError:
-        return []
-    layers = document.get("Layers", []) if isinstance(document, dict) else []
-    return [layer for layer in layers if isinstance(layer, dict)] if isinstance(layers, list) else []
 
 
 def _of(name: str, layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

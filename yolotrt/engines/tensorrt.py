@@ -285,11 +285,8 @@ def _load(trt: Any, hooks: TrtHooks, plan: Plan, options: CompleteOptions) -> An
 
 
 def _engine_information(trt: Any, engine: Any, options: CompleteOptions) -> str:
-    """The engine inspector's JSON."""
-    engine_inspector = engine.create_engine_inspector()
-    if options.is_dynamic:  # types are only told for known shapes
-        context = engine.create_execution_context()
-        if context is not None:
-            context.set_input_shape(INPUT_NAME, (options.batch_range[1], 3, *options.imgsz))
-            engine_inspector.execution_context = context
-    return str(engine_inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    """The engine inspector's JSON, at the usual batch."""
+    context = engine.create_execution_context() if options.is_dynamic else None
+    if context is not None:
+        context.set_input_shape(INPUT_NAME, (options.batch_range[1], 3, *options.imgsz))
+    return inspector.engine_information(trt, engine, context)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from yolotrt.engines.base import CompleteOptions
@@ -96,8 +96,10 @@ class TrtHooks(BuildHooks):
             if self._options.precision == "fp16":
                 constrain_types(network, outputs, self._trt.float16)
             elif self._options.precision == "int8" and self._has_fast_halves:
+                # left to itself, TensorRT computes them in TF32, since such a network is defined in float32
                 in_floats = {*self.convolutions} - {*self.int8_convolutions_wanted}
-                prefer_halves(network, outputs, in_floats, self._trt.float16)
+                inputs = [network.get_input(index) for index in range(network.num_inputs)]
+                constrain_types(network, [*inputs, *outputs], self._trt.float16, in_floats)
         return outputs
 
     def note_convolutions(self, definition: NetworkBuilder) -> None:
@@ -137,33 +139,24 @@ def is_strongly_typed(trt: Any) -> bool:
     return hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
 
 
-def constrain_types(network: Any, outputs: list[Tensor], dtype: Any) -> None:
-    """Make every layer of a weakly typed network compute in `dtype` and give it, up to the network's outputs."""
-    for index in range(network.num_layers):
-        _constrain(network.get_layer(index), dtype)
-    for tensor in outputs:
-        tensor.dtype = dtype
+def constrain_types(network: Any, ends: Iterable[Tensor], dtype: Any, names: Collection[str] | None = None) -> None:
+    """Make layers of a weakly typed network compute in `dtype` and give it.
 
-
-def prefer_halves(network: Any, outputs: list[Tensor], convolutions: Collection[str], half: Any) -> None:
-    """Have the pictures, the heads and these convolutions of a weakly typed INT8 network in halves.
-
-    Left to itself, TensorRT 8.6 computes them in TF32, since such a network is defined in float32.
+    Args:
+        network: The network.
+        ends: Those of its inputs and outputs that are to have the type, too.
+        dtype: The type.
+        names: The layers; None means all.
     """
     for index in range(network.num_layers):
         layer = network.get_layer(index)
-        if layer.name in convolutions:
-            _constrain(layer, half)
-    for tensor in (*(network.get_input(index) for index in range(network.num_inputs)), *outputs):
-        tensor.dtype = half
-
-
-def _constrain(layer: Any, dtype: Any) -> None:
-    """Tell a layer of a weakly typed network in what to compute, and what to give."""
-    if hasattr(layer, "precision") and hasattr(layer, "set_output_type"):
-        layer.precision = dtype
-        for output in range(layer.num_outputs):
-            layer.set_output_type(output, dtype)
+        is_meant = names is None or layer.name in names
+        if is_meant and hasattr(layer, "precision") and hasattr(layer, "set_output_type"):
+            layer.precision = dtype
+            for output in range(layer.num_outputs):
+                layer.set_output_type(output, dtype)
+    for tensor in ends:
+        tensor.dtype = dtype
 
 
 def configure(trt: Any, config: Any, options: CompleteOptions) -> None:
@@ -240,7 +233,7 @@ def _set_precision(trt: Any, config: Any, precision: str) -> None:
         config.set_flag(_required(trt, trt.BuilderFlag, "OBEY_PRECISION_CONSTRAINTS", "--precision fp16"))
     if precision == "int8" and not is_strongly_typed(trt):
         # Q/DQ say what is INT8; of the rest, float32 in the network, TensorRT may compute any layer in halves, and is
-        # to prefer what `prefer_halves` asked for
+        # to prefer what `constrain_types` asked for
         for flag in ("INT8", "FP16", "PREFER_PRECISION_CONSTRAINTS"):
             config.set_flag(_required(trt, trt.BuilderFlag, flag, "--precision int8"))
 

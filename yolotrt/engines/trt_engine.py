@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import threading
@@ -10,6 +9,7 @@ import weakref
 from typing import Any
 
 from yolotrt.cuda.device import GpuDevice, Memory
+from yolotrt.engines import inspector
 from yolotrt.engines.file import REBUILD, EngineFile, TensorInfo
 from yolotrt.engines.trt_adapter import scratch_bytes
 from yolotrt.engines.trt_log import shared_logger
@@ -83,11 +83,9 @@ class TrtEngine:
                 raise InferenceError(f"TensorRT refused a batch of {batch} ({self.last_error}): {REBUILD}")
         return context
 
-    def layers(self) -> list[dict[str, Any]]:
-        """What TensorRT's engine inspector says of each layer; nothing but names unless built to say more."""
-        text = self._engine.create_engine_inspector().get_engine_information(self.trt.LayerInformationFormat.JSON)
-        found: list[Any] = json.loads(text, strict=False).get("Layers", [])
-        return [layer if isinstance(layer, dict) else {"Name": layer} for layer in found]
+    def layers(self, context: Any = None) -> list[dict[str, Any]]:
+        """What TensorRT's engine inspector says of each layer; with dynamic shapes for those of `context`."""
+        return inspector.layers(inspector.engine_information(self.trt, self._engine, context))
 
     @property
     def last_error(self) -> str:

@@ -123,15 +123,14 @@ class Quantizer:
 
     def splits_silu(self, tensor: str) -> bool:
         """Whether SiLU after a convolution that reads `tensor` is not to be fused into it: see `Placement`."""
-        return self._placement.splits_silu and tensor.removesuffix(CAST_SUFFIX) in self._inputs
+        return self._placement.splits_silu and self._is_picture(tensor)
 
     def read_scale(self, kind: str, layer: str, tensor: str) -> float | None:
         """The scale at which `layer` reads `tensor`; None where it reads it as it is."""
         is_kept = self._is_kept(layer)
-        tensor = tensor.removesuffix(CAST_SUFFIX)
-        if kind not in self._placement.reads or is_kept:
+        if kind not in self._placement.reads or is_kept or self._is_picture(tensor):
             return None
-        return None if tensor in self._inputs else self._scales.get(tensor)
+        return self._scales.get(tensor)
 
     def reads_original(self, layer: str) -> bool:
         """Whether `layer` reads the values from before they were quantized for others: it is to be exact."""
@@ -153,6 +152,10 @@ class Quantizer:
                 f"--int8-keep {unknown[0]}: the model has no layer of that name: name a row such as model.9, or a part "
                 "of it such as model.2.m.0.cv1 (--int8-report lists them)"
             )
+
+    def _is_picture(self, tensor: str) -> bool:
+        """Whether it is an input of the network, converted or not."""
+        return tensor.removesuffix(CAST_SUFFIX) in self._inputs
 
     def _is_kept(self, layer: str) -> bool:
         """Whether `layer` or a block that it is part of stays in high precision."""
