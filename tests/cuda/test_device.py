@@ -7,6 +7,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -272,6 +273,35 @@ def test_cupys_memory_is_zeroed_before_other_streams_use_it(libraries):
     assert cupy.calls == ["enter", ("alloc", 100), ("memset", 1024, 0, 100, zeroing), "exit", "synchronize"]
     assert device.allocate(0).size == 0
     assert cupy.calls[6] == ("alloc", 1)
+
+
+def test_a_thread_that_has_used_the_gpu_needs_not_make_it_current(libraries):
+    cupy = FakeCupy()
+    cupy.cuda.runtime.getDevice = lambda: chosen
+    libraries(cupy, None)
+    device, chosen, seen = find_device(), 0, []
+    assert not device.is_current()  # though the number is 0, as everywhere at first
+    with device.current():
+        pass
+    assert device.is_current()
+    thread = threading.Thread(target=lambda: seen.append(device.is_current()))
+    thread.start()
+    thread.join()
+    assert seen == [False]
+    chosen = 1
+    assert not device.is_current()
+
+    def failing() -> int:
+        raise CudaError("illegal memory access")
+
+    cupy.cuda.runtime.getDevice = failing
+    assert not device.is_current()  # whatever is called next says so
+
+
+def test_pycudas_context_is_always_made_current(libraries):
+    libraries(None, FakePycuda())
+    with find_device().current():
+        assert not find_device().is_current()
 
 
 def test_pycudas_memory_is_zeroed_without_waiting_for_other_streams(libraries):

@@ -133,6 +133,7 @@ class HostGpuDevice(GpuDevice):
         memory_limit: Bytes that can be allocated.
         capturing_thread: Where a stream is being captured, if anywhere.
         freed_elsewhere: How often device memory was freed outside of `current()`, where PyCUDA may not manage to.
+        stays_current: Whether it remains current in a thread in which it was once, as with CuPy.
         as_views: Whether page-locked memory comes as a view of an array, as PyCUDA gives it, or as one, as CuPy does.
     """
 
@@ -149,6 +150,7 @@ class HostGpuDevice(GpuDevice):
         self.foreign_streams: list[int] = []
         self.memory_limit = 1 << 40
         self.as_views = False
+        self.stays_current = False
         self.device_memory: dict[int, int] = {}
         self.page_locked_memory: dict[int, int] = {}
         self.streams: dict[int, HostStream] = {}
@@ -169,11 +171,15 @@ class HostGpuDevice(GpuDevice):
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
         self._fail("current")
+        self.calls["current"] += 1
         self._thread.depth = getattr(self._thread, "depth", 0) + 1
         try:
             yield
         finally:
-            self._thread.depth -= 1
+            self._thread.depth -= not self.stays_current
+
+    def is_current(self) -> bool:
+        return self.stays_current and getattr(self._thread, "depth", 0) > 0
 
     def memory_info(self) -> tuple[int, int]:
         return self.memory_limit - sum(self.device_memory.values()), self.memory_limit

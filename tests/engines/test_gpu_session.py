@@ -366,7 +366,7 @@ def test_a_static_batch_is_filled_up_without_stale_pictures(tiny_engine, static_
 def input_of(session: GpuSession, device: HostGpuDevice) -> np.ndarray:
     """What the network of the first lane has read."""
     info = session.header.inputs[0]
-    memory = session._lanes[0]._run.tensors[info.name]
+    memory = session._lanes[0].run.tensors[info.name]
     return bytes_at(memory.address, memory.size).view(info.dtype).reshape(-1, *info.shape[1:])
 
 
@@ -836,8 +836,31 @@ def test_an_ordinary_array_where_a_borrowed_one_was_is_copied(tiny_engine, trt, 
         buffer = session.frame_buffer(64, 64)
         pixels = frame(0)
         small = buffer.ravel()[:1]
-        session._lent[pixels.ctypes.data] = small
+        session._lent._blocks[pixels.ctypes.data] = small
         assert_same(session.detect([pixels], OPTIONS), [wanted])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of NumPy, for assigning a shape
+def test_a_borrowed_array_that_was_given_another_shape_is_read_as_such(tiny_engine, trt, device):
+    pixels = frame(4, (64, 64))
+    wide, tall = pixels.reshape(32, 128, 3), pixels.reshape(128, 32, 3)
+    wanted = expected(tiny_engine, [pixels, wide, tall])
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        buffer = borrowed(session, pixels)
+        for shape, boxes in zip([pixels.shape, wide.shape, tall.shape], wanted, strict=True):
+            buffer.shape = shape
+            assert_same(session.detect([buffer], OPTIONS), [boxes])
+        assert not session._lanes[0]._slots[0]._staging.size  # none was copied
+
+
+def test_a_new_array_is_not_taken_for_a_borrowed_one_that_is_gone(tiny_engine, trt, device):
+    pixels = [frame(seed, (64, 64)) for seed in range(20)]
+    wanted = expected(tiny_engine, pixels)
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        for picture, boxes in zip(pixels, wanted, strict=True):
+            assert_same(session.detect([borrowed(session, picture)], OPTIONS), [boxes])
+            assert_same(session.detect([picture.copy()], OPTIONS), [boxes])  # often where that array was
+        assert not session._lent._frames
 
 
 def test_memory_of_another_session_is_an_ordinary_array(tiny_engine, trt, device):
@@ -920,6 +943,28 @@ def test_an_interrupted_wait_can_be_repeated(tiny_engine, trt, device, monkeypat
         assert_same(pending.result(), wanted[:1])
         for other in others:
             assert_same(other.result(), wanted[1:])
+
+
+def test_a_gpu_that_stays_current_is_not_made_so_again(tiny_engine, trt, device):
+    device.stays_current = True
+    wanted = expected(tiny_engine, [frame(0)])
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        before = device.calls["current"]
+        assert_same(session.detect([frame(0)], OPTIONS), wanted)
+        assert_same(session.submit([frame(0)], OPTIONS).result(), wanted)
+        assert device.calls["current"] == before
+        found = []
+        thread = threading.Thread(target=lambda: found.extend(session.detect([frame(0)], OPTIONS)))
+        thread.start()  # in which it has to be
+        thread.join()
+        assert_same(found, wanted)
+        assert device.calls["current"] > before
+        for method in ("has_happened", "record"):
+            device.failing[method] = HostGpuError("lost")
+            with pytest.raises(InferenceError, match=r"the GPU failed \(lost\)"):
+                session.submit([frame(0)], OPTIONS).result()
+            del device.failing[method]
+        assert_same(session.detect([frame(0)], OPTIONS), wanted)
 
 
 def test_any_failure_belongs_to_its_batch(tiny_engine, trt, device, monkeypatch):

@@ -100,6 +100,10 @@ class GpuDevice(abc.ABC):
     def current(self) -> contextlib.AbstractContextManager[Any]:
         """Makes the GPU's primary context the calling thread's current one, and what was current again at the end."""
 
+    def is_current(self) -> bool:
+        """Whether the calling thread needs no `current` now; False where that is not known at once."""
+        return False
+
     @abc.abstractmethod
     def memory_info(self) -> tuple[int, int]:
         """Free and total device memory in bytes."""
@@ -244,9 +248,18 @@ class CupyDevice(GpuDevice):
             ) from None
         self.index = index
         self.capability = int(digits[:-1]), int(digits[-1])
+        self._thread = _Thread()
+
+    def is_current(self) -> bool:
+        """See `GpuDevice.is_current`."""
+        try:
+            return self._thread.has_used_it and self._runtime.getDevice() == self.index
+        except self.errors:  # a kernel has failed, which whatever is called next says as well
+            return False
 
     def current(self) -> contextlib.AbstractContextManager[Any]:
         """See `GpuDevice.current`."""
+        self._thread.has_used_it = True
         return self._cupy.cuda.Device(self.index)  # type: ignore[no-any-return]  # a new one: they are not for threads
 
     def memory_info(self) -> tuple[int, int]:
@@ -358,6 +371,16 @@ class CupyDevice(GpuDevice):
     def _zeroing(self) -> Any:
         """The stream on which memory is allocated and zeroed."""
         return self.stream()
+
+
+class _Thread(threading.local):
+    """What is known of the calling thread.
+
+    Attributes:
+        has_used_it: Whether it was in the GPU's context before; a thread that never was has the number 0 as well.
+    """
+
+    has_used_it = False
 
 
 class _CupyGraph(Graph):

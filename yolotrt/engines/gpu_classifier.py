@@ -69,7 +69,7 @@ class _Lane:
         """Run the engine on a batch: float32 (batch, classes)."""
         batch = len(images)
         np.copyto(self._images.values[:batch], images, casting="same_kind")
-        self._run.start(batch, lambda: self._enqueue(batch))
+        self._run.start(batch, self._enqueue)
         self._run.wait(spin=True)
         return self._scores.values[:batch].astype(np.float32)
 

@@ -22,7 +22,6 @@ from yolotrt.postprocess import NmsOptions
 
 _log = logging.getLogger(__name__)
 
-
 NAPS, NAP = 3, 150e-6
 """How often, and for how many seconds, a thread sleeps before it lets the driver wake it."""
 
@@ -47,6 +46,7 @@ class EngineSession(Session, Generic[_Lane]):
         self.timing = Timing()
         self._engine: TrtEngine | None = engine
         self._device = engine.device
+        self._using = Using(engine.device)
         self._lanes: list[_Lane] = []
 
     @classmethod
@@ -64,7 +64,7 @@ class EngineSession(Session, Generic[_Lane]):
             InferenceError: if the GPU's memory does not suffice.
         """
         device = device or find_device()
-        with Using(device):
+        with Switching(device):
             shared = shared_engine(trt, engine, device)
         return cls(shared)
 
@@ -99,7 +99,7 @@ class EngineSession(Session, Generic[_Lane]):
             raise InputError("the session is closed: open a new one")
 
     def _on_device(self) -> Using:
-        return Using(self._device)
+        return self._using if self._device.is_current() else Switching(self._device)
 
 
 class EngineStream:
@@ -144,21 +144,21 @@ class EngineStream:
                 raise InferenceError(f"TensorRT refused the memory of {name} ({self._engine.last_error}): {REBUILD}")
         return context
 
-    def start(self, batch: int, enqueue: Callable[[], None]) -> None:
+    def start(self, batch: int, enqueue: Callable[[int], None]) -> None:
         """Start all that is done for a batch; nothing of it is under way if this fails.
 
         Args:
             batch: Its size.
-            enqueue: Enqueues it all, the engine too. It is captured at the first call for a batch size, and the graph
-                launched at others until `forget_graphs`.
+            enqueue: Enqueues it all for a batch size, the engine too. It is captured at the first call for this one,
+                and the graph launched at others until `forget_graphs`.
         """
         try:
             graph = self._graphs.get(batch)
             if graph is not None:
                 graph.launch(self.stream)
             else:
-                enqueue()  # TensorRT wants to run once before it is captured
-                self._capture(batch, enqueue)
+                enqueue(batch)  # TensorRT wants to run once before it is captured
+                self._capture(batch, lambda: enqueue(batch))
             self._device.record(self._done, self.stream)
         except BaseException:
             self._device.synchronize(self.stream)  # what it reads may change at once
@@ -167,17 +167,19 @@ class EngineStream:
     def wait(self, *, spin: bool) -> None:
         """Wait for what was started last, without sleeping or with as little computation as possible.
 
-        To be woken by the driver costs 20 to 30 us of computation, a nap 9: so the first of the time is spent in naps.
+        To be woken by the driver costs 20 to 30 us of computation, a nap 7 to 9: so the first of the time is spent in
+        naps. They also end late, when further batches are finished for which there is nothing to wait.
         """
+        device, done = self._device, self._done
         if spin:
-            self._device.wait(self._done)
+            device.wait(done)
             return
         for _ in range(NAPS):
-            if self._device.has_happened(self._done):
+            if device.has_happened(done):
                 return
             time.sleep(NAP)
-        self._device.record(self._waking, self.stream)  # nothing else was started since
-        self._device.wait(self._waking)
+        device.record(self._waking, self.stream)  # nothing else was started since
+        device.wait(self._waking)
 
     def captured(self, enqueue: Callable[[], None]) -> Graph:
         """A graph of what is enqueued on the stream; whatever it needs was made by enqueuing it once before."""
@@ -228,13 +230,30 @@ def tensor_bytes(info: TensorInfo, batch: int) -> int:
 
 
 class Using:
-    """Use the GPU for a while; its failures become InferenceError. A class, as each frame enters it twice."""
+    """Use the GPU, which is current; its failures become InferenceError. A class, as each frame enters it twice."""
+
+    __slots__ = ("_device",)
 
     def __init__(self, device: GpuDevice) -> None:
         self._device = device
-        self._current = device.current()
 
     def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if problem is not None and isinstance(problem, self._device.errors):
+            raise InferenceError(explain(problem)) from problem
+
+
+class Switching(Using):
+    """The same, where another GPU or none may be current."""
+
+    __slots__ = ("_current",)
+
+    def __enter__(self) -> None:
+        self._current = self._device.current()
         try:
             self._current.__enter__()
         except self._device.errors as problem:
@@ -244,8 +263,7 @@ class Using:
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._current.__exit__(kind, problem, trace)
-        if isinstance(problem, self._device.errors):
-            raise InferenceError(explain(problem)) from problem
+        super().__exit__(kind, problem, trace)
 
 
 def explain(problem: BaseException) -> str:

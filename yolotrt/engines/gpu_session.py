@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -45,6 +44,7 @@ from yolotrt.engines.file import EngineFile
 from yolotrt.engines.gpu_classifier import GpuClassifier
 from yolotrt.engines.gpu_engine import EngineSession, EngineStream, explain
 from yolotrt.engines.host import HostDecoder
+from yolotrt.engines.lent_memory import LentMemory
 from yolotrt.engines.trt_engine import TrtEngine
 from yolotrt.errors import InferenceError, InputError
 from yolotrt.postprocess import Boxes, NmsOptions, raw_threshold
@@ -81,7 +81,7 @@ class GpuSession(EngineSession["_Lane"]):
         """
         super().__init__(engine)
         self.batches_in_flight = lanes
-        self._lent: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._lent = LentMemory()
         with self._on_device():
             self._lanes.append(_Lane(engine, self._lent))
 
@@ -92,12 +92,14 @@ class GpuSession(EngineSession["_Lane"]):
         if options.multi_label:
             return Finished(self._detect_on_host(frames, options))
         with self._on_device():
-            idle = next((lane for lane in self._lanes if lane.pending is None), None)
-            if idle is None and len(self._lanes) < self.batches_in_flight:
+            for lane in self._lanes:
+                if lane.pending is None:
+                    return self._start(lane, frames, options)
+            if len(self._lanes) < self.batches_in_flight:
                 pending = self._start_in_new_lane(frames, options)
                 if pending is not None:
                     return pending
-            return self._start(idle or self._oldest_lane(), frames, options)
+            return self._start(self._oldest_lane(), frames, options)
 
     def detect(self, frames: Sequence[Frame], options: NmsOptions) -> list[Boxes]:
         """See `Session.detect`; waits without sleeping, which is the fastest for a single frame."""
@@ -129,9 +131,7 @@ class GpuSession(EngineSession["_Lane"]):
         size = height * width * _CHANNELS
         with self._on_device():
             memory = self._device.page_locked(upload_bytes(size))
-        owner = memory.base if isinstance(memory.base, np.ndarray) else memory  # what views of it keep alive
-        self._lent[owner.ctypes.data] = owner
-        return memory[:size].reshape(height, width, _CHANNELS)
+        return self._lent.lend(memory, height, width)
 
     def profile(self, frames: Sequence[Frame], options: NmsOptions, repeats: int = 50) -> dict[str, list[float]]:
         """GPU time of each stage for a batch, each repeated alone, and of the whole.
@@ -163,11 +163,12 @@ class GpuSession(EngineSession["_Lane"]):
         """Wait for a lane's batch and take its boxes."""
         with self._on_device():
             began = time.perf_counter()
-            lane.wait(spin=spin)
+            lane.run.wait(spin=spin)
             waited = time.perf_counter()
             boxes = lane.boxes()
-            self.timing.inference_ms += (waited - began) * 1e3
-            self.timing.postprocess_ms += (time.perf_counter() - waited) * 1e3
+            timing = self.timing
+            timing.inference_ms += (waited - began) * 1e3
+            timing.postprocess_ms += (time.perf_counter() - waited) * 1e3
         return boxes
 
     def _detect_on_host(self, frames: Sequence[Frame], options: NmsOptions) -> list[Boxes]:
@@ -199,16 +200,15 @@ class GpuSession(EngineSession["_Lane"]):
         lane.use(options)  # which may be refused, before any frame is read
         try:
             owners = lane.place(frames)
-            placed = time.perf_counter()
             lane.start(len(frames))
         except BaseException:
             lane.settle()
             raise
-        lane.started_at = self.timing.pictures
+        timing = self.timing
+        lane.started_at = timing.pictures
         pending = lane.pending = _GpuPending(self, lane, owners)
-        self.timing.preprocess_ms += (placed - began) * 1e3
-        self.timing.inference_ms += (time.perf_counter() - placed) * 1e3
-        self.timing.pictures += len(frames)
+        timing.pictures += len(frames)
+        timing.preprocess_ms += (time.perf_counter() - began) * 1e3
         return pending
 
     def _start_in_new_lane(self, frames: Sequence[Frame], options: NmsOptions) -> _GpuPending | None:
@@ -255,41 +255,43 @@ class GpuSession(EngineSession["_Lane"]):
 class _GpuPending(Pending):
     """A batch in a lane."""
 
+    __slots__ = ("_lane", "_outcome", "_owners", "_session")
+
     def __init__(self, session: GpuSession, lane: _Lane, owners: list[Any]) -> None:
         self._session = session
         self._lane = lane
         self._owners: list[Any] | None = owners  # alive until the GPU has read the frames
-        self._boxes: list[Boxes] = []
-        self._failure: Exception | None = None
+        self._outcome: list[Boxes] | Exception
 
     def finish(self, *, spin: bool) -> None:
         """Wait and keep the boxes, or the failure for `result`; the lane is free afterwards."""
         if self._owners is None:
             return
         try:
-            self._boxes = self._session.finish(self._lane, spin=spin)
+            self._outcome = self._session.finish(self._lane, spin=spin)
         except Exception as problem:  # noqa: BLE001  # whatever it is, it belongs to this batch
-            self._failure = problem
+            self._outcome = problem
         # after Ctrl-C the batch is still under way, and the GPU reads its frames
         self._owners = self._lane.pending = None
 
     def result(self) -> list[Boxes]:
         """See `Pending.result`; the thread sleeps while it waits."""
         self.finish(spin=False)
-        if self._failure is not None:
-            raise self._failure
-        return self._boxes
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        return self._outcome
 
 
 class _Lane:
     """A stream with all buffers to work on one batch at a time.
 
     Attributes:
+        run: The engine on the stream.
         pending: The batch under way.
         started_at: Pictures that the session had taken when it began.
     """
 
-    def __init__(self, engine: TrtEngine, lent: weakref.WeakValueDictionary[int, Any]) -> None:
+    def __init__(self, engine: TrtEngine, lent: LentMemory) -> None:
         header = engine.header
         device = self._device = engine.device
         self.pending: _GpuPending | None = None
@@ -297,11 +299,11 @@ class _Lane:
         self._engine = engine
         self._lent = lent
         self._low, _, high = header.batch_range
-        self._run = EngineStream(engine)
-        self._stream = self._run.stream
+        self.run = EngineStream(engine)
+        self._stream = self.run.stream
         self._letterbox = LetterboxKernel(device, header.imgsz, half=header.inputs[0].dtype == "float16")
         self._copy, self._upload = CopyKernel(device), UploadKernel(device)
-        tensors = self._run.tensors
+        tensors = self.run.tensors
         self._images = tensors[header.inputs[0].name]
         self._yololayer = None if header.yololayer == PLUGIN else _YoloLayer(engine, tensors)
         row_count = header.outputs[0].shape[1] if self._yololayer is None else self._yololayer.row_count
@@ -323,10 +325,10 @@ class _Lane:
             return
         masks = None
         if self._has_masks and self._yololayer is not None:
-            masks = _Masks(self._engine, self._run.tensors, self._yololayer, options.max_detections)
+            masks = _Masks(self._engine, self.run.tensors, self._yololayer, options.max_detections)
         self._nms.set_options(options)
         self._masks = masks
-        self._run.forget_graphs()
+        self.run.forget_graphs()
 
     def place(self, frames: Sequence[Frame]) -> list[Any]:
         """Say in the plans where the frames are, copying those that are in ordinary memory.
@@ -336,33 +338,38 @@ class _Lane:
         Returns:
             What must stay alive until the GPU has read the frames.
         """
-        makers: set[int] = set()
         by_command = len(frames) >= COMMANDS_FROM
-        owners = [
-            self._place_host_frame(slot, frame, by_command=by_command)
-            if isinstance(frame, np.ndarray)
-            else self._place_device_frame(slot, frame, makers)
-            for slot, frame in zip(self._slots, frames, strict=False)
-        ]
-        for stream in makers:  # once for all frames that it makes
-            self._device.wait_for_stream(self._stream, stream)
+        on_device: list[DevicePixels] = []
+        for slot, frame in zip(self._slots, frames, strict=False):
+            if isinstance(frame, np.ndarray):
+                address = self._lent.address_of(frame)
+                if address is None:
+                    slot.copy(frame, by_command=by_command)
+                else:
+                    slot.fetch(frame.shape, address, by_command=by_command)
+                if by_command:
+                    slot.enqueue_command(self._stream)
+            else:
+                pixels = device_pixels(frame, self._device.handle(self._stream))
+                slot.point(pixels)
+                on_device.append(pixels)
+        if on_device:
+            makers = {pixels.stream for pixels in on_device if pixels.stream is not None}
+            for stream in makers:  # once for all frames that it makes
+                self._device.wait_for_stream(self._stream, stream)
         for slot in self._slots[len(frames) : self._low]:  # what a static batch is filled up with
             slot.clear()
-        return owners
+        return [*frames, *on_device]
 
     def start(self, count: int) -> None:
         """Enqueue a batch whose frames are placed; nothing of it is under way if this fails."""
         batch = self.batch_for(count)
-        self._run.start(batch, lambda: self._enqueue(batch))
+        self.run.start(batch, self._enqueue)
         self._started = count, batch
 
     def settle(self) -> None:
         """Wait for whatever is under way after a failure: what it reads may change at once."""
         self._device.synchronize(self._stream)
-
-    def wait(self, *, spin: bool) -> None:
-        """Wait for the batch under way."""
-        self._run.wait(spin=spin)
 
     def boxes(self) -> list[Boxes]:
         """What each frame of the finished batch shows."""
@@ -373,14 +380,14 @@ class _Lane:
         masked = self._masks.added_to(found)
         if masked is not None:
             return masked
-        heads = [output[:count] for output in self._run.outputs(batch)]
+        heads = [output[:count] for output in self.run.outputs(batch)]
         return HostDecoder(self._engine.header).boxes(heads, self._nms.options)
 
     def raw_heads(self, batch: int, enqueue_input: Callable[[], None]) -> list[npt.NDArray[np.float32]]:
         """Run the engine alone on an input; the raw heads as float32 arrays of the host."""
         enqueue_input()
-        self._run.enqueue(batch)
-        return self._run.outputs(batch)
+        self.run.enqueue(batch)
+        return self.run.outputs(batch)
 
     def upload_images(self, images: npt.NDArray[np.float32]) -> None:
         """Fill the network's input with pictures that are letterboxed already."""
@@ -410,14 +417,14 @@ class _Lane:
 
         times = {}
         for name, enqueue in {**stages, "upload": upload_with_commands, "whole": whole}.items():
-            graph = self._run.captured(enqueue)
+            graph = self.run.captured(enqueue)
             times[name] = [self._time(graph) for _ in range(repeats)]
         return times
 
     def close(self) -> None:
         """Wait for what is under way, and free everything."""
         try:
-            self._run.close()
+            self.run.close()
         finally:
             self.pending = None  # its frames were read until now
 
@@ -442,7 +449,7 @@ class _Lane:
         stages: dict[str, Callable[[], None]] = {
             "upload": lambda: self._enqueue_upload(batch),
             "letterbox": lambda: self._enqueue_letterbox(batch),
-            "engine": lambda: self._run.enqueue(batch),
+            "engine": lambda: self.run.enqueue(batch),
         }
         if layer is not None:
             stages["yololayer"] = lambda: layer.enqueue(batch, self._stream, self._nms.options.confidence)
@@ -463,24 +470,6 @@ class _Lane:
 
     def _enqueue_letterbox(self, batch: int) -> None:
         self._letterbox.launch(self._plans.device.address, self._images.address, batch, self._stream)
-
-    def _place_host_frame(self, slot: _Slot, frame: npt.NDArray[np.uint8], *, by_command: bool) -> Any:
-        address = frame.__array_interface__["data"][0]
-        owner = self._lent.get(address)
-        if owner is not None and frame.flags.c_contiguous and owner.nbytes >= upload_bytes(frame.nbytes):
-            slot.fetch(_size(frame), address, by_command=by_command)
-        else:
-            slot.copy(frame, by_command=by_command)
-        slot.enqueue_command(self._stream)
-        return owner
-
-    def _place_device_frame(self, slot: _Slot, frame: Frame, makers: set[int]) -> Any:
-        """Adds the stream that makes the frame to `makers`."""
-        pixels = device_pixels(frame, self._device.handle(self._stream))
-        if pixels.stream is not None:
-            makers.add(pixels.stream)
-        slot.point(pixels)
-        return pixels.owner
 
 
 class _Plans:
@@ -509,18 +498,24 @@ class _Slot:
         self._header = letterbox.header(plan)
         # what the plan is for, but for addresses; None where that is not known
         self._written: tuple[Any, ...] | None = _NOTHING
-        self._source = 0
+        self._source = 0  # in the plan; 0 where that is not known
         self._pixels = Memory(0, 0, None)
         self._staging = np.empty(0, np.uint8)
-        self._command: tuple[int, Lines] | None = None  # source and lines, if a copy command is to fetch them
+        self._lines: tuple[int, Lines] | None = None  # what of the source a copy command is to fetch, if one is
+        self._command: tuple[int, Lines] | None = None  # its source and lines
 
-    def fetch(self, size: tuple[int, int], address: int, *, by_command: bool) -> None:
+    def fetch(self, shape: tuple[int, ...], address: int, *, by_command: bool) -> None:
         """The GPU fetches the frame from page-locked memory: by a copy command if its rows allow, or by the kernel."""
-        self._write_upload(size, address, self._letterbox.needed_lines(size) if by_command else None, gathered=False)
+        kind = "fetched", shape, by_command
+        if self._written != kind:
+            height, width, _ = shape
+            lines = self._letterbox.needed_lines((height, width)) if by_command else None
+            self._write_upload(kind, (height, width), lines, gathered=False)
+        self._read_from(address)
 
     def copy(self, frame: npt.NDArray[np.uint8], *, by_command: bool) -> None:
         """Copy the rows that are needed to page-locked memory, from which the GPU fetches them; see `fetch`."""
-        height, width = _size(frame)
+        height, width, _ = shape = frame.shape
         rows = self._letterbox.needed_rows((height, width))
         size = rows.count * width * _CHANNELS
         if self._staging.size < upload_bytes(size):
@@ -531,8 +526,11 @@ class _Slot:
             np.copyto(target, all_rows)
         else:
             np.take(all_rows, rows.numbers, axis=0, out=target, mode="clip")  # the mode that writes without a buffer
-        lines = (0, Lines(size, size, 1)) if by_command else None
-        self._write_upload((height, width), self._staging.ctypes.data, lines, gathered=True)
+        kind = "copied", shape, by_command
+        if self._written != kind:
+            lines = (0, Lines(size, size, 1)) if by_command else None
+            self._write_upload(kind, (height, width), lines, gathered=True)
+        self._read_from(self._staging.ctypes.data)
 
     def enqueue_command(self, stream: Any) -> None:
         """Enqueue the copy command, if one is to fetch the frame."""
@@ -558,24 +556,31 @@ class _Slot:
             self._written = _NOTHING
 
     def _write_upload(
-        self, size: tuple[int, int], source: int, lines: tuple[int, Lines] | None, *, gathered: bool
+        self, kind: tuple[Any, ...], size: tuple[int, int], lines: tuple[int, Lines] | None, *, gathered: bool
     ) -> None:
-        kind = "host", size, gathered, lines is not None
-        if self._written != kind:
-            self._written = self._command = None  # if this is interrupted, the plan is of no use
-            room = upload_bytes(self._letterbox.needed_rows(size).count * size[1] * _CHANNELS)
-            if self._pixels.size < room:
-                self._pixels = self._device.allocate(room)
-            pixels = self._pixels.address
-            self._plan[:] = (
-                self._letterbox.upload_plan(size, pixels, source, gathered=gathered)
-                if lines is None
-                else self._letterbox.uploaded_plan(size, pixels)
-            )
-            self._written, self._source = kind, source
-        elif lines is None and source != self._source:
-            self._header["source"] = self._source = source
-        self._command = None if lines is None else (source + lines[0], lines[1])
+        """Write the plan of a frame that is in page-locked memory, but for its address."""
+        self._written = self._command = None  # if this is interrupted, the plan is of no use
+        room = upload_bytes(self._letterbox.needed_rows(size).count * size[1] * _CHANNELS)
+        if self._pixels.size < room:
+            self._pixels = self._device.allocate(room)
+        pixels = self._pixels.address
+        self._plan[:] = (
+            self._letterbox.upload_plan(size, pixels, 0, gathered=gathered)
+            if lines is None
+            else self._letterbox.uploaded_plan(size, pixels)
+        )
+        self._source, self._lines = 0, lines
+        self._written = kind
+
+    def _read_from(self, source: int) -> None:
+        """Have that frame fetched from an address of page-locked memory."""
+        if self._lines is not None:
+            offset, lines = self._lines
+            self._command = source + offset, lines
+        elif source != self._source:
+            self._source = 0
+            self._header["source"] = source
+            self._source = source
 
 
 class _YoloLayer:
@@ -629,7 +634,7 @@ class _Nms:
         self._keeps_rows = keeps_rows
         self.options = NmsOptions(max_detections=-1)  # which no caller may have
         self._kernels: dict[int, NmsKernel] = {}
-        self._results: dict[int, tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]] = {}
+        self._results: dict[int, tuple[npt.NDArray[np.int32], list[npt.NDArray[np.float32]]]] = {}
         self._workspace = device.allocate(NmsLayout(largest_batch, row_count, 1).workspace_bytes)
         self._copy = CopyKernel(device)
 
@@ -659,9 +664,10 @@ class _Nms:
         """Boxes of the first `count` pictures of a finished batch."""
         results = self._results.get(batch)
         if results is None:
-            results = self._results[batch] = self._kernel(batch).layout.split(self._host_output)
-        counts, rows = results
-        return [boxes_of(rows[index], int(counts[index])) for index in range(count)]
+            counts, rows = self._kernel(batch).layout.split(self._host_output)
+            results = self._results[batch] = counts, list(rows)
+        counts, pictures = results
+        return [boxes_of(rows, found) for rows, found in zip(pictures, counts[:count].tolist(), strict=False)]
 
     def _class_mask(self, options: NmsOptions) -> Memory:
         """The classes to keep, on the device; address 0 keeps all."""
@@ -738,8 +744,3 @@ def _on_device(device: GpuDevice, content: Bytes) -> Memory:
     device.upload(memory.address, content, stream)
     device.synchronize(stream)
     return memory
-
-
-def _size(frame: npt.NDArray[np.uint8]) -> tuple[int, int]:
-    """Height and width."""
-    return frame.shape[0], frame.shape[1]
