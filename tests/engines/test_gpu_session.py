@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
+import itertools
+import sys
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -863,6 +867,54 @@ def test_a_new_array_is_not_taken_for_a_borrowed_one_that_is_gone(tiny_engine, t
         assert not session._lent._frames
 
 
+def test_an_array_that_was_not_forgotten_in_time_is_no_longer_borrowed(tiny_engine, trt, device):
+    pixels = frame(0, (64, 64))
+    (wanted,) = expected(tiny_engine, [pixels])
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        buffer = borrowed(session, frame(5, (64, 64)))
+        entry = session._lent._frames[id(buffer)]
+        del buffer
+        session._lent._frames[id(pixels)] = entry  # as if Ctrl-C had come while it was being forgotten
+        assert_same(session.detect([pixels], OPTIONS), [wanted])
+
+
+def test_frames_that_are_made_when_they_are_asked_for(tiny_dynamic_engine, trt, device):
+    class Decoded(Sequence):
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> np.ndarray:
+            return borrowed(session, [frame(0), frame(7)][index])
+
+    wanted = expected(tiny_dynamic_engine, [frame(0), frame(7)])
+    with GpuSession.open(trt, gpu_engine(tiny_dynamic_engine), device) as session:
+        pending = session.submit(Decoded(), OPTIONS)
+        gc.collect()
+        assert_same(pending.result(), wanted)
+
+
+def test_borrowed_memory_outlives_an_array_that_does_not_own_it(tiny_engine, trt, device):
+    (wanted,) = expected(tiny_engine, [frame(0)])
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        buffer = borrowed(session, frame(0))
+        pixels = bytes_at(buffer.ctypes.data, buffer.nbytes).reshape(buffer.shape)
+        pending = session.submit([pixels], OPTIONS)
+        del buffer
+        gc.collect()
+        assert_same(pending.result(), [wanted])
+
+
+def test_a_frame_that_was_copied_is_not_kept(tiny_engine, trt, device):
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        pixels = frame(0)
+        lives = weakref.ref(pixels)
+        pending = session.submit([pixels], OPTIONS)
+        del pixels
+        gc.collect()
+        assert lives() is None
+        pending.result()
+
+
 def test_memory_of_another_session_is_an_ordinary_array(tiny_engine, trt, device):
     engine = gpu_engine(tiny_engine)
     (wanted,) = expected(tiny_engine, [frame(0)])
@@ -945,6 +997,23 @@ def test_an_interrupted_wait_can_be_repeated(tiny_engine, trt, device, monkeypat
             assert_same(other.result(), wanted[1:])
 
 
+def test_a_gpu_that_cannot_be_left_is_one_clear_line(tiny_engine, trt, device, monkeypatch):
+    class Failing(contextlib.nullcontext):
+        def __exit__(self, *_: object) -> None:
+            super().__exit__(*_)
+            entered.__exit__(None, None, None)
+            raise HostGpuError("an illegal memory access was encountered")
+
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        session.detect([frame(0)], OPTIONS)
+        with monkeypatch.context() as patch:
+            entered = device.current()
+            entered.__enter__()
+            patch.setattr(device, "current", Failing)
+            with pytest.raises(InferenceError, match=r"the GPU failed \(an illegal memory access was encountered\)"):
+                session.detect([frame(0)], OPTIONS)
+
+
 def test_a_gpu_that_stays_current_is_not_made_so_again(tiny_engine, trt, device):
     device.stays_current = True
     wanted = expected(tiny_engine, [frame(0)])
@@ -965,6 +1034,48 @@ def test_a_gpu_that_stays_current_is_not_made_so_again(tiny_engine, trt, device)
                 session.submit([frame(0)], OPTIONS).result()
             del device.failing[method]
         assert_same(session.detect([frame(0)], OPTIONS), wanted)
+
+
+def test_ctrl_c_at_any_moment_leaves_no_batch_whose_frames_are_gone(tiny_engine, trt, device):
+    wanted = expected(tiny_engine, [frame(0), frame(5)])
+    moments = 0
+
+    def trace(stack: Any, event: str, _: Any) -> Any:
+        nonlocal moments
+        if (
+            stack.f_code.co_name not in {"_start", "start", "place", "__init__"}
+            or "engines" not in stack.f_code.co_filename
+        ):
+            return None
+        stack.f_trace_opcodes = True
+        if event == "opcode":
+            moments -= 1
+            if not moments:
+                raise KeyboardInterrupt
+        return trace
+
+    def interrupted(moment: int) -> bool:
+        nonlocal moments
+        moments, before = moment, sys.gettrace()
+        frames = [borrowed(session, frame(5))]
+        try:
+            sys.settrace(trace)
+            session.submit(frames, OPTIONS)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    with GpuSession.open(trt, gpu_engine(tiny_engine), device) as session:
+        assert_same(session.detect([frame(0)], OPTIONS), wanted[:1])
+        for moment in itertools.count(1):
+            was_interrupted = interrupted(moment)
+            gc.collect()  # the frame goes, unless the batch keeps it
+            assert_same(session.detect([borrowed(session, frame(0))], OPTIONS), wanted[:1])
+            if not was_interrupted:
+                break
+        assert moment > 100
 
 
 def test_any_failure_belongs_to_its_batch(tiny_engine, trt, device, monkeypatch):

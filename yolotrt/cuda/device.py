@@ -2,7 +2,7 @@
 
 CuPy is the default, PyCUDA the alternative for systems without it. Both work in the GPU's primary context, which all
 libraries of a process share: nothing here creates a context, and arrays of CuPy, PyTorch and others can be used as they
-are. A device is only touched inside `with device.current()`.
+are. A device is only touched inside `with device.current()`, or while `device.is_current()`.
 """
 
 from __future__ import annotations

@@ -262,7 +262,10 @@ class Switching(Using):
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._current.__exit__(kind, problem, trace)
+        try:
+            self._current.__exit__(kind, problem, trace)
+        except self._device.errors as failure:
+            problem = problem or failure
         super().__exit__(kind, problem, trace)
 
 

@@ -198,15 +198,16 @@ class GpuSession(EngineSession["_Lane"]):
         """Start a batch in a lane that has none."""
         began = time.perf_counter()
         lane.use(options)  # which may be refused, before any frame is read
-        try:
-            owners = lane.place(frames)
-            lane.start(len(frames))
-        except BaseException:
-            lane.settle()
-            raise
         timing = self.timing
         lane.started_at = timing.pictures
-        pending = lane.pending = _GpuPending(self, lane, owners)
+        try:
+            pending = _GpuPending(self, lane, lane.place(frames))
+            lane.start(len(frames))
+            lane.pending = pending
+        except BaseException:  # wherever Ctrl-C comes, no batch is under way whose frames nobody keeps
+            lane.settle()
+            lane.pending = None
+            raise
         timing.pictures += len(frames)
         timing.preprocess_ms += (time.perf_counter() - began) * 1e3
         return pending
@@ -218,9 +219,11 @@ class GpuSession(EngineSession["_Lane"]):
         failures: tuple[type[BaseException], ...] = (*self._device.errors, InferenceError)
         try:
             lane = _Lane(self._engine, self._lent)
+            self._lanes.append(lane)
             try:
-                pending = self._start(lane, frames, options)
+                return self._start(lane, frames, options)
             except BaseException:
+                self._lanes.remove(lane)
                 lane.close()
                 raise
         except failures as problem:
@@ -228,8 +231,6 @@ class GpuSession(EngineSession["_Lane"]):
             reason = problem if isinstance(problem, InferenceError) else explain(problem)
             _log.warning("%d batches can be under way at once (%s)", self.batches_in_flight, reason)
             return None
-        self._lanes.append(lane)
-        return pending
 
     def _oldest_lane(self) -> _Lane:
         """The lane whose batch began first, after that is finished."""
@@ -339,27 +340,30 @@ class _Lane:
             What must stay alive until the GPU has read the frames.
         """
         by_command = len(frames) >= COMMANDS_FROM
-        on_device: list[DevicePixels] = []
+        owners: list[Any] = []
+        makers: set[int | None] = set()
         for slot, frame in zip(self._slots, frames, strict=False):
             if isinstance(frame, np.ndarray):
-                address = self._lent.address_of(frame)
-                if address is None:
+                found = self._lent.find(frame)
+                if found is None:
                     slot.copy(frame, by_command=by_command)
                 else:
+                    address, owner = found
                     slot.fetch(frame.shape, address, by_command=by_command)
+                    owners.append(owner)
                 if by_command:
                     slot.enqueue_command(self._stream)
             else:
                 pixels = device_pixels(frame, self._device.handle(self._stream))
                 slot.point(pixels)
-                on_device.append(pixels)
-        if on_device:
-            makers = {pixels.stream for pixels in on_device if pixels.stream is not None}
-            for stream in makers:  # once for all frames that it makes
+                owners.append(pixels.owner)
+                makers.add(pixels.stream)
+        for stream in makers:  # once for all frames that it makes
+            if stream is not None:
                 self._device.wait_for_stream(self._stream, stream)
         for slot in self._slots[len(frames) : self._low]:  # what a static batch is filled up with
             slot.clear()
-        return [*frames, *on_device]
+        return owners
 
     def start(self, count: int) -> None:
         """Enqueue a batch whose frames are placed; nothing of it is under way if this fails."""
@@ -552,6 +556,7 @@ class _Slot:
         """No frame."""
         self._command = None
         if self._written != _NOTHING:
+            self._written = None  # if this is interrupted, the plan is of no use
             self._plan[:] = 0
             self._written = _NOTHING
 

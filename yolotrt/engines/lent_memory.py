@@ -19,7 +19,7 @@ class _LentFrame(NamedTuple):
 
     address: int
     shape: tuple[int, ...]
-    array: weakref.ref[npt.NDArray[np.uint8]]  # which forgets this when the array is no more
+    array: weakref.ref[npt.NDArray[np.uint8]]  # the frame is forgotten when the array is no more
 
 
 class LentMemory:
@@ -42,16 +42,16 @@ class LentMemory:
         frames[key] = _LentFrame(address, frame.shape, weakref.ref(frame, lambda _: frames.pop(key, None)))
         return frame
 
-    def address_of(self, frame: npt.NDArray[np.uint8]) -> int | None:
-        """Where a frame begins, if it is without gaps at the beginning of lent memory, and None otherwise.
+    def find(self, frame: npt.NDArray[np.uint8]) -> tuple[int, object] | None:
+        """Where a frame begins and what keeps its memory, if it is without gaps at the beginning of lent memory.
 
-        Its `upload_bytes` can be read then.
+        Its `upload_bytes` can be read then. None for all other frames.
         """
         lent = self._frames.get(id(frame))
-        if lent is not None and frame.shape == lent.shape and frame.flags.c_contiguous:  # which can be assigned
-            return lent.address
+        if lent is not None and lent.array() is frame and frame.shape == lent.shape and frame.flags.c_contiguous:
+            return lent.address, frame  # as it was lent, although its shape could be assigned
         address: int = frame.__array_interface__["data"][0]
         block = self._blocks.get(address)
         if block is None or not frame.flags.c_contiguous or block.nbytes < upload_bytes(frame.nbytes):
             return None
-        return address
+        return address, block
