@@ -1071,7 +1071,7 @@ def test_ctrl_c_at_any_moment_leaves_no_batch_whose_frames_are_gone(tiny_engine,
         assert_same(session.detect([frame(0)], OPTIONS), wanted[:1])
         for moment in itertools.count(1):
             was_interrupted = interrupted(moment)
-            gc.collect()  # the frame goes, unless the batch keeps it
+            gc.collect(0)  # the frame goes, unless the batch keeps it
             with device.current():
                 session._lanes[0].settle()  # which fails if the GPU reads memory that was given back
             assert_same(session.detect([borrowed(session, frame(0))], OPTIONS), wanted[:1])
