@@ -185,15 +185,7 @@ def bandwidths(device: GpuDevice) -> dict[str, float]:
 
 def event_us(device: GpuDevice, stream: Any, enqueue: Callable[[], None], repeats: int = 50) -> float:
     """Median GPU time of something enqueued."""
-    times = []
-    for _ in range(repeats):
-        first, second = device.event(timing=True), device.event(timing=True)
-        device.record(first, stream)
-        enqueue()
-        device.record(second, stream)
-        device.synchronize(stream)
-        times.append(1e3 * device.elapsed_ms(first, second))
-    return statistics.median(times)
+    return 1e3 * statistics.median(device.milliseconds(enqueue, stream) for _ in range(repeats))
 
 
 def borrowed(session: GpuSession, picture: np.ndarray) -> np.ndarray:

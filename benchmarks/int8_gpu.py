@@ -82,14 +82,11 @@ class Run:
 
     def take_turn(self) -> None:
         """Time the engine several times; the first time does not count, since others had the caches."""
-        for repeat in range(-1, REPEATS_A_TURN):
-            first, second = self._device.event(timing=True), self._device.event(timing=True)
-            self._device.record(first, self._run.stream)
-            self._graph.launch(self._run.stream)
-            self._device.record(second, self._run.stream)
-            self._device.synchronize(self._run.stream)
-            if repeat >= 0:
-                self._times.append(self._device.elapsed_ms(first, second))
+        stream = self._run.stream
+        _, *times = (
+            self._device.milliseconds(lambda: self._graph.launch(stream), stream) for _ in range(1 + REPEATS_A_TURN)
+        )
+        self._times += times
 
     def layers(self) -> list[dict[str, Any]]:
         """Each layer's median time and what the engine inspector says of it."""

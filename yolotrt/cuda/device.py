@@ -207,6 +207,15 @@ class GpuDevice(abc.ABC):
     ) -> None:
         """Enqueue a kernel; None is the library's default stream."""
 
+    def milliseconds(self, enqueue: Callable[[], None], stream: Any) -> float:
+        """How long the GPU takes for what `enqueue` enqueues on a stream, after what is there already."""
+        first, second = self.event(timing=True), self.event(timing=True)
+        self.record(first, stream)
+        enqueue()
+        self.record(second, stream)
+        self.synchronize(stream)
+        return self.elapsed_ms(first, second)
+
     def function(self, source: str, entry: str, defines: Defines) -> Any:
         """Compile (or take from the cache) kernels/`source`.cu and return its kernel `entry`."""
         code = compile_for_device(source, defines, self.capability)

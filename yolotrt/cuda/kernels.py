@@ -159,7 +159,6 @@ class NeededRows:
         return int(first), Lines(each, apart, len(starts))
 
 
-@functools.lru_cache(maxsize=64)
 def needed_lines(source_size: tuple[int, int], network_size: tuple[int, int]) -> tuple[int, Lines] | None:
     """What of a frame without gaps between its rows a copy command has to fetch.
 

@@ -404,7 +404,7 @@ class Session(abc.ABC):
 
     def check_frame_count(self, count: int) -> None:
         """Raise InputError unless a batch may have `count` frames."""
-        if not 1 <= count <= self.header.batch_range[2]:  # asked for each frame: no property
+        if not 1 <= count <= self.header.max_batch:
             raise InputError(f"the engine takes 1 to {self.header.max_batch} pictures a batch, not {count}")
 
 

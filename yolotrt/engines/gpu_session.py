@@ -15,9 +15,10 @@ gaps and host work hide behind the others' computation. A lane is made when so m
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -119,19 +120,14 @@ class GpuSession(EngineSession["_Lane"]):
         self._require_heads()
         with self._on_device():
             lane = self._idle_lane()
-            try:
+            with lane.settling():
                 return lane.raw_heads(len(images), lambda: lane.upload_images(images))
-            except BaseException:
-                lane.settle()
-                raise
 
     def frame_buffer(self, height: int, width: int) -> npt.NDArray[np.uint8]:
         """See `Session.frame_buffer`: page-locked memory from a pool."""
         self._require_open()
-        size = height * width * _CHANNELS
         with self._on_device():
-            memory = self._device.page_locked(upload_bytes(size))
-        return self._lent.lend(memory, height, width)
+            return self._lent.lend(self._device, height, width)
 
     def profile(self, frames: Sequence[Frame], options: NmsOptions, repeats: int = 50) -> dict[str, list[float]]:
         """GPU time of each stage for a batch, each repeated alone, and of the whole.
@@ -150,12 +146,9 @@ class GpuSession(EngineSession["_Lane"]):
         with self._on_device():
             lane = self._idle_lane()
             lane.use(options)
-            try:
+            with lane.settling():
                 owners = lane.place(frames)
                 times = lane.profile(len(frames), repeats)
-            except BaseException:
-                lane.settle()
-                raise
         del owners  # the GPU has read the frames
         return times
 
@@ -178,13 +171,10 @@ class GpuSession(EngineSession["_Lane"]):
         began = time.perf_counter()
         with self._on_device():
             lane = self._idle_lane()
-            try:
+            with lane.settling():
                 owners = lane.place(frames)
                 placed = time.perf_counter()
                 heads = lane.raw_heads(lane.batch_for(len(frames)), lambda: lane.enqueue_input(len(frames)))
-            except BaseException:
-                lane.settle()
-                raise
         del owners  # the GPU has read the frames
         inferred = time.perf_counter()
         boxes = HostDecoder(self.header).boxes([head[: len(frames)] for head in heads], options)
@@ -375,6 +365,15 @@ class _Lane:
         """Wait for whatever is under way after a failure: what it reads may change at once."""
         self._device.synchronize(self._stream)
 
+    @contextlib.contextmanager
+    def settling(self) -> Iterator[None]:
+        """Settle if something in it fails."""
+        try:
+            yield
+        except BaseException:
+            self.settle()
+            raise
+
     def boxes(self) -> list[Boxes]:
         """What each frame of the finished batch shows."""
         count, batch = self._started
@@ -434,13 +433,8 @@ class _Lane:
 
     def _time(self, graph: Graph) -> float:
         """Milliseconds that a graph takes; it is launched twice, so that no launch is waited for."""
-        first, second = self._device.event(timing=True), self._device.event(timing=True)
         graph.launch(self._stream)
-        self._device.record(first, self._stream)
-        graph.launch(self._stream)
-        self._device.record(second, self._stream)
-        self._device.synchronize(self._stream)
-        return self._device.elapsed_ms(first, second)
+        return self._device.milliseconds(lambda: graph.launch(self._stream), self._stream)
 
     def _enqueue(self, batch: int) -> None:
         for enqueue in self._stages(batch).values():

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from yolotrt.cuda.device import Bytes
+from yolotrt.cuda.device import Bytes, GpuDevice
 from yolotrt.cuda.kernels import upload_bytes
 
 _CHANNELS = 3
@@ -32,12 +32,14 @@ class LentMemory:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def lend(self, memory: Bytes, height: int, width: int) -> npt.NDArray[np.uint8]:
-        """A frame (height, width, 3) at the beginning of memory of at least `upload_bytes` of its size."""
+    def lend(self, device: GpuDevice, height: int, width: int) -> npt.NDArray[np.uint8]:
+        """A frame (height, width, 3) at the beginning of page-locked memory of `upload_bytes` of its size."""
+        size = height * width * _CHANNELS
+        memory = device.page_locked(upload_bytes(size))
         block = memory.base if isinstance(memory.base, np.ndarray) else memory  # what views of it keep alive
         address = block.ctypes.data
         self._blocks[address] = block
-        frame = memory[: height * width * _CHANNELS].reshape(height, width, _CHANNELS)
+        frame = memory[:size].reshape(height, width, _CHANNELS)
         key, frames = id(frame), self._frames
         frames[key] = _LentFrame(address, frame.shape, weakref.ref(frame, lambda _: frames.pop(key, None)))
         return frame
